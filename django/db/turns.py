@@ -1,0 +1,152 @@
+"""
+The turn that the executions inside one transaction take.
+
+A Turn has one holder at a time, which may take it again as often as it gives
+it back. Whoever wants it says what must hold, as a function without arguments.
+Requests are served in the order of their arrival, leaving out those whose
+function returns false:
+
+* take() waits in a thread. It's given the turn while it still waits, so that
+  nobody can get in between. A thread that others depend on may wait with an
+  object of its own instead of a ThreadWaiter, and do their work meanwhile.
+* comes() waits on an event loop and doesn't take the turn: the thread which
+  works for the task does, and may find that something has changed.
+
+Whoever changes what those functions look at calls changed(). They are called
+with a lock held, in any thread, and must neither wait nor use the turn.
+
+Nothing in here knows of databases.
+"""
+
+import asyncio
+import threading
+import time
+
+
+class ThreadWaiter:
+    """How a thread waits that has nothing else to do."""
+
+    def __init__(self):
+        self._event = threading.Event()
+
+    def grant(self):
+        """Tell the thread that it has the turn. Return whether it listens."""
+        self._event.set()
+        return True
+
+    def wait(self, timeout):
+        """Return when the turn is granted, to ask for it anew, or too late."""
+        self._event.wait(timeout)
+
+
+class Turn:
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._holder = None
+        self._depth = 0
+        # In the order of their arrival.
+        self._requests = []
+
+    @property
+    def depth(self):
+        """How often the holder has taken the turn."""
+        return self._depth
+
+    def take(self, holder, ready, timeout, waiter_class=ThreadWaiter):
+        """
+        Take the turn for `holder` once nobody else holds it and `ready()` is
+        true. Return whether that happened within `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._lock:
+                if self._holder == holder or (self._holder is None and ready()):
+                    self._holder = holder
+                    self._depth += 1
+                    return True
+                # Made under the lock: a change between the look at ready() and
+                # the wait would be missed.
+                request = _Request(ready, holder, waiter_class())
+                self._requests.append(request)
+            remaining = deadline - time.monotonic()
+            if remaining > 0:
+                request.waiter.wait(remaining)
+            with self._lock:
+                if request not in self._requests:
+                    return True
+                self._requests.remove(request)
+            if remaining <= 0:
+                return False
+
+    def give(self):
+        """Give back what one call of take() took."""
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:
+                self._holder = None
+                self._serve()
+
+    def changed(self):
+        """Look again whether anybody who waits can go on."""
+        with self._lock:
+            self._serve()
+
+    async def comes(self, ready, timeout):
+        """
+        Wait on the event loop until `ready()` is true. Return whether that
+        happened within `timeout` seconds.
+        """
+        waiter = _LoopWaiter(asyncio.get_running_loop())
+        request = _Request(ready, None, waiter)
+        with self._lock:
+            if ready():
+                return True
+            self._requests.append(request)
+        try:
+            async with asyncio.timeout(timeout):
+                await waiter.future
+        except TimeoutError:
+            return False
+        finally:
+            with self._lock:
+                if request in self._requests:
+                    self._requests.remove(request)
+        return True
+
+    def _serve(self):
+        for request in self._requests.copy():
+            takes = request.holder is not None
+            if takes and self._holder is not None:
+                continue
+            if request.ready() and request.waiter.grant():
+                self._requests.remove(request)
+                if takes:
+                    self._holder = request.holder
+                    self._depth = 1
+
+
+class _Request:
+    def __init__(self, ready, holder, waiter):
+        self.ready = ready
+        self.holder = holder
+        self.waiter = waiter
+
+
+class _LoopWaiter:
+    """How a task waits."""
+
+    def __init__(self, loop):
+        self._loop = loop
+        self.future = loop.create_future()
+
+    def grant(self):
+        try:
+            self._loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:
+            # The loop was closed, and with it whoever waited.
+            return False
+        return True
+
+    def _wake(self):
+        if not self.future.done():
+            self.future.set_result(None)

@@ -1,0 +1,105 @@
+import asyncio
+import threading
+import time
+
+from django.db import belonging, connection
+from django.test import TransactionTestCase
+
+from .models import Entry
+
+
+class Rollback(Exception):
+    pass
+
+
+def is_in_memory():
+    return connection.vendor == "sqlite" and connection.is_in_memory_db()
+
+
+def other_sessions():
+    """Return the states of the server's other sessions."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT state FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid() "
+            "AND backend_type = 'client backend'"
+        )
+        return [state for (state,) in cursor.fetchall()]
+
+
+def transaction_threads():
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith("transaction of")
+    ]
+
+
+def wait_until(condition, timeout=5):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+async def names():
+    return sorted([name async for name in Entry.objects.values_list("name", flat=True)])
+
+
+def create(name):
+    return Entry.objects.create(name=name)
+
+
+def create_and_close(name):
+    """Do so in a thread that keeps its connection otherwise."""
+    try:
+        return create(name)
+    finally:
+        connection.close()
+
+
+class AsyncTransactionTestCase(TransactionTestCase):
+    """
+    Check after each test that nothing is left of its transactions: no thread,
+    no session on the server, no block, no lent connection.
+    """
+
+    available_apps = ["async_transactions"]
+
+    def setUp(self):
+        timeout = belonging.TURN_TIMEOUT
+        self.addCleanup(setattr, belonging, "TURN_TIMEOUT", timeout)
+        belonging.TURN_TIMEOUT = 10
+        self.addCleanup(self.check_nothing_is_left)
+
+    def check_nothing_is_left(self):
+        self.assertIs(wait_until(lambda: not transaction_threads()), True)
+        self.assertEqual(connection.blocks, [])
+        self.assertIsNone(connection.turn)
+        self.assertIsNone(connection.lent_by)
+        self.assertEqual(connection.execute_wrappers, [])
+        if connection.vendor == "postgresql":
+            self.assertIs(
+                wait_until(lambda: not self.transactional_sessions()),
+                True,
+                "A session is left on the server.",
+            )
+
+    def transactional_sessions(self):
+        # asgiref's shared thread keeps its connection for the process.
+        return [state for state in other_sessions() if state != "idle"]
+
+    def assertNames(self, *expected):
+        self.assertEqual(
+            sorted(Entry.objects.values_list("name", flat=True)), sorted(expected)
+        )
+
+    async def assertAsyncNames(self, *expected):
+        self.assertEqual(await names(), sorted(expected))
+
+
+async def until(event):
+    """Wait for an event of a test that would hang if it were lost."""
+    await asyncio.wait_for(event.wait(), 10)

@@ -1,0 +1,351 @@
+"""
+Promises 4 and 5: a block's end is the end, and who ends it doesn't matter.
+"""
+
+import asyncio
+import contextvars
+
+from asgiref.sync import async_to_sync, sync_to_async
+
+from django.db import connection, transaction
+from django.db.transaction import TransactionManagementError
+
+from .base import (
+    AsyncTransactionTestCase,
+    Rollback,
+    create,
+    create_and_close,
+    is_in_memory,
+    names,
+    until,
+)
+from .models import Entry
+
+OUTLIVED = "can't use the database 'default' any more, because the aatomic() block"
+
+
+class OutlivingTests(AsyncTransactionTestCase):
+    async def outlive(self, use, **kwargs):
+        """Call `use` in a task that goes on after its block has ended."""
+        over = asyncio.Event()
+
+        async def late():
+            await until(over)
+            return await use()
+
+        async with transaction.aatomic():
+            task = asyncio.create_task(late(), name="the late task")
+            await asyncio.sleep(0)
+        over.set()
+        return await task
+
+    async def test_every_use_is_refused(self):
+        async def evaluate():
+            return [entry async for entry in Entry.objects.all()]
+
+        uses = {
+            "a method": lambda: Entry.objects.acreate(name="late"),
+            "iteration": evaluate,
+            "sync_to_async": lambda: sync_to_async(create)("late"),
+            "insensitive": lambda: sync_to_async(create, thread_sensitive=False)(
+                "late"
+            ),
+            "to_thread": lambda: asyncio.to_thread(create_and_close, "late"),
+            "atomic": lambda: sync_to_async(transaction.atomic().__enter__)(),
+            "on_commit": sync_to_async(lambda: transaction.on_commit(print)),
+        }
+        for name, use in uses.items():
+            with self.subTest(name):
+                with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+                    await self.outlive(use)
+        await self.assertAsyncNames()
+
+    async def test_message(self):
+        opener = asyncio.current_task().get_name()
+        msg = (
+            "task 'the late task' can't use the database 'default' any more, because "
+            "the aatomic() block that it was started in, opened by task "
+            f"'{opener}', has ended. Await it inside the block, leave what has to "
+            "follow the commit to on_commit(), or open a block of its own."
+        )
+        with self.assertRaisesMessage(TransactionManagementError, msg):
+            await self.outlive(lambda: Entry.objects.acreate(name="late"))
+
+    async def test_a_block_of_its_own(self):
+        async def use():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="own block")
+            with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+                await Entry.objects.acreate(name="late")
+            return "done"
+
+        self.assertEqual(await self.outlive(use), "done")
+        await self.assertAsyncNames("own block")
+
+    async def test_outliving_a_nested_block(self):
+        over = asyncio.Event()
+
+        async def late():
+            await until(over)
+            with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+                await Entry.objects.acreate(name="late")
+
+        async with transaction.aatomic():
+            async with transaction.aatomic():
+                task = asyncio.create_task(late())
+                await asyncio.sleep(0)
+            over.set()
+            await task
+            await Entry.objects.acreate(name="usable")
+        await self.assertAsyncNames("usable")
+
+    async def test_a_sibling_that_goes_on_after_a_failure(self):
+        failed = asyncio.Event()
+        outcome = asyncio.get_running_loop().create_future()
+
+        async def fails():
+            await Entry.objects.acreate(name="fails")
+            raise Rollback
+
+        async def goes_on():
+            await Entry.objects.acreate(name="before")
+            await until(failed)
+            try:
+                await Entry.objects.acreate(name="after")
+            except Exception as exc:
+                outcome.set_result(exc)
+
+        with self.assertRaises(Rollback):
+            async with transaction.aatomic():
+                await asyncio.gather(fails(), goes_on())
+        failed.set()
+        self.assertIsInstance(await outcome, TransactionManagementError)
+        await self.assertAsyncNames()
+
+    async def test_a_sibling_that_is_writing(self):
+        """No statement that's running when another task fails is kept."""
+
+        def writes():
+            for number in range(100_000):
+                create(f"{number}")
+
+        async def fails():
+            await asyncio.sleep(0.05)
+            raise Rollback
+
+        with self.assertRaises(Rollback):
+            async with transaction.aatomic():
+                thread = asyncio.create_task(asyncio.to_thread(writes))
+                await asyncio.gather(thread, fails())
+        with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+            await thread
+        await self.assertAsyncNames()
+
+    async def test_a_captured_connection_is_refused(self):
+        """It neither sends anything nor connects again."""
+        if is_in_memory():
+            self.skipTest("An in-memory database has but one connection.")
+
+        async def use():
+            with self.assertRaises(TransactionManagementError):
+                await sync_to_async(lambda: captured.cursor())()
+            return captured.connection
+
+        over = asyncio.Event()
+
+        async def late():
+            await until(over)
+            return await use()
+
+        async with transaction.aatomic():
+            captured = transaction.get_connection()
+            task = asyncio.create_task(late())
+            await asyncio.sleep(0)
+        over.set()
+        self.assertIsNone(await task)
+
+    def test_below_a_sync_block_work_goes_on_in_autocommit(self):
+        async def main():
+            over = asyncio.Event()
+
+            async def late():
+                await until(over)
+                await Entry.objects.acreate(name="late")
+
+            async def start():
+                return asyncio.create_task(late())
+
+            def block():
+                with transaction.atomic():
+                    return async_to_sync(start)()
+
+            task = await sync_to_async(block)()
+            over.set()
+            await task
+
+        async_to_sync(main)()
+        self.assertNames("late")
+
+
+class LeavingTests(AsyncTransactionTestCase):
+    async def test_leaving_waits_for_nested_blocks(self):
+        inside = asyncio.Event()
+
+        async def nested():
+            async with transaction.aatomic():
+                inside.set()
+                await asyncio.sleep(0.05)
+                await Entry.objects.acreate(name="nested")
+
+        async with transaction.aatomic():
+            task = asyncio.create_task(nested())
+            await until(inside)
+        self.assertIs(task.done() or not await task, True)
+        await self.assertAsyncNames("nested")
+
+    async def test_an_exception_rolls_back_at_once(self):
+        inside = asyncio.Event()
+        over = asyncio.Event()
+
+        async def nested():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="nested")
+                inside.set()
+                await until(over)
+
+        with self.assertRaises(Rollback):
+            async with transaction.aatomic():
+                task = asyncio.create_task(nested())
+                await until(inside)
+                raise Rollback
+        await self.assertAsyncNames()
+        over.set()
+        msg = "was rolled back, because a block around it ended first"
+        with self.assertRaisesMessage(TransactionManagementError, msg):
+            await task
+        await self.assertAsyncNames()
+
+    async def test_a_nested_block_in_a_thread(self):
+        inside = asyncio.Event()
+        over = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def nested():
+            with transaction.atomic():
+                create("nested")
+                loop.call_soon_threadsafe(inside.set)
+                asyncio.run_coroutine_threadsafe(over.wait(), loop).result()
+                create("late")
+
+        with self.assertRaises(Rollback):
+            async with transaction.aatomic():
+                task = asyncio.create_task(asyncio.to_thread(nested))
+                await until(inside)
+                raise Rollback
+        over.set()
+        with self.assertRaises(TransactionManagementError):
+            await task
+        await self.assertAsyncNames()
+
+    async def test_a_nested_block_of_a_sibling_is_rolled_back_alone(self):
+        """An outer savepoint is left by an exception while it's open."""
+        inside = asyncio.Event()
+
+        async def nested():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="nested")
+                inside.set()
+                await asyncio.sleep(10)
+
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="outer")
+            with self.assertRaises(Rollback):
+                async with transaction.aatomic():
+                    await Entry.objects.acreate(name="middle")
+                    task = asyncio.create_task(nested())
+                    await until(inside)
+                    raise Rollback
+            task.cancel()
+            await asyncio.wait([task])
+            await Entry.objects.acreate(name="usable")
+        await self.assertAsyncNames("outer", "usable")
+
+
+class WhoEndsItTests(AsyncTransactionTestCase):
+    async def generator(self, fail=False):
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="generator")
+            yield await names()
+            await Entry.objects.acreate(name="resumed")
+            if fail:
+                raise Rollback
+
+    async def test_async_generator(self):
+        async for found in self.generator():
+            self.assertEqual(found, ["generator"])
+        await self.assertAsyncNames("generator", "resumed")
+
+    async def test_async_generator_closed_by_its_consumer(self):
+        generator = self.generator()
+        await anext(generator)
+        await generator.aclose()
+        await Entry.objects.acreate(name="consumer")
+        await self.assertAsyncNames("consumer")
+
+    async def test_async_generator_closed_by_another_task(self):
+        generator = self.generator()
+        await anext(generator)
+        await asyncio.create_task(generator.aclose())
+        await Entry.objects.acreate(name="consumer")
+        await sync_to_async(create)("consumer, sync")
+        await self.assertAsyncNames("consumer", "consumer, sync")
+
+    async def test_async_generator_closed_by_the_loop(self):
+        async for _ in self.generator():
+            break
+        # The loop's hook closes it in a task, once nothing refers to it.
+        del _
+        for _ in range(100):
+            if not connection.blocks and not transaction.get_connection().blocks:
+                break
+            await asyncio.sleep(0.01)
+        await Entry.objects.acreate(name="consumer")
+        await self.assertAsyncNames("consumer")
+
+    async def test_left_by_another_task(self):
+        block = transaction.aatomic()
+        await asyncio.create_task(block.__aenter__())
+        await asyncio.create_task(block.__aexit__(None, None, None))
+        await Entry.objects.acreate(name="after")
+        await self.assertAsyncNames("after")
+
+    async def test_entered_and_left_in_contexts_of_their_own(self):
+        """As frameworks do that set up tests in a task."""
+        block = transaction.aatomic()
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        await loop.create_task(block.__aenter__(), context=context)
+        await loop.create_task(self.write("inside"), context=context)
+        if not is_in_memory():
+            self.assertEqual(await names(), [])
+        await loop.create_task(
+            block.__aexit__(Rollback, Rollback(), None), context=context
+        )
+        await loop.create_task(self.write("after"), context=context)
+        await self.assertAsyncNames("after")
+
+    async def write(self, name):
+        await Entry.objects.acreate(name=name)
+
+    async def test_one_instance_in_many_tasks(self):
+        block = transaction.aatomic()
+
+        async def work(number):
+            async with block:
+                await Entry.objects.acreate(name=f"{number}")
+                await asyncio.sleep(0.001)
+                if number % 2:
+                    raise Rollback
+
+        await asyncio.gather(*(work(n) for n in range(6)), return_exceptions=True)
+        await self.assertAsyncNames("0", "2", "4")
