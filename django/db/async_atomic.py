@@ -14,11 +14,14 @@ nobody there to end what it began. If entering was cancelled, it's undone.
 
 import asyncio
 import logging
+from _thread import get_ident
 from contextlib import suppress
 from contextvars import copy_context
 from copy import copy
 from functools import partial, wraps
 from inspect import iscoroutinefunction
+
+from asgiref.sync import AsyncToSync
 
 from django.db import belonging, connections, threads
 from django.db.async_calls import sync_to_async
@@ -40,7 +43,7 @@ class AsyncAtomic:
     def __init__(self, atomic):
         self._atomic = atomic
         # The entries that haven't been left, the last one at the end.
-        self._entries = []
+        self._entries = belonging.Entries()
 
     def __call__(self, func):
         if not iscoroutinefunction(func):
@@ -67,23 +70,10 @@ class AsyncAtomic:
         else:
             entry = _Nested(atomic, outer)
         await entry.enter()
-        self._entries.append(entry)
+        self._entries.push(entry)
 
     async def __aexit__(self, exc_type, exc_value, traceback):
-        entry = self._entry_to_leave()
-        self._entries.remove(entry)
-        await entry.leave(exc_type, exc_value, traceback)
-
-    def _entry_to_leave(self):
-        """
-        Return the last entry of the current task. If it has none, it leaves
-        the block for another task.
-        """
-        task = asyncio.current_task()
-        for entry in reversed(self._entries):
-            if entry.block.task() is task:
-                return entry
-        return self._entries[-1]
+        await self._entries.pop().leave(exc_type, exc_value, traceback)
 
 
 class _Entry:
@@ -92,6 +82,7 @@ class _Entry:
     def __init__(self, atomic, alias, connection):
         self.atomic = atomic
         self.executor = None
+        self.hooks = []
         self.block = belonging.Block(
             alias,
             connection,
@@ -128,10 +119,20 @@ class _Entry:
         try:
             await self._run(partial(self._exit_atomic, *exc_info))
         finally:
-            belonging.restore(self.block)
+            if self.block.ended:
+                belonging.restore(self.block)
+                self._uninstall()
+                # Also if the task was cancelled during the COMMIT.
+                await self._run_hooks()
+
+    def _uninstall(self):
+        pass
 
     def _exit_atomic(self, *exc_info):
         self.atomic.__exit__(*exc_info)
+        if self.block.hooks_due:
+            connection = self.block.connection
+            self.hooks, connection.run_on_commit = connection.run_on_commit, []
 
     async def _enter(self, func):
         """
@@ -143,14 +144,23 @@ class _Entry:
         except asyncio.CancelledError as exc:
             if self.block.entered and not self.block.ended:
                 undo = partial(self._exit_atomic, type(exc), exc, None)
-                await _run_to_the_end(self.executor, undo, self.block)
+                await run_to_the_end(self.executor, undo, self.block)
             raise
 
     async def _run(self, func):
-        result, cancelled = await _run_to_the_end(self.executor, func, self.block)
+        result, cancelled = await run_to_the_end(self.executor, func, self.block)
         if cancelled is not None:
             raise cancelled
         return result
+
+    async def _run_hooks(self):
+        """Call what on_commit() registered, outside of the transaction."""
+        for _, func, robust in self.hooks:
+            await run_hook(
+                func,
+                robust,
+                "Error calling %s in on_commit() during transaction (%s).",
+            )
 
 
 class _Nested(_Entry):
@@ -181,12 +191,11 @@ class _Transaction(_Entry):
 
     def __init__(self, atomic, alias):
         super().__init__(atomic, alias, None)
-        self.hooks = []
 
     async def enter(self):
         block = self.block
         connection = connections.create_connection(block.alias)
-        if connection.vendor == "sqlite" and connection.is_in_memory_db():
+        if _is_shared(connection):
             connection = await self._borrow()
         else:
             belonging.share(connection)
@@ -196,19 +205,22 @@ class _Transaction(_Entry):
             f"transaction of {block}", connections.close_all
         )
         try:
-            await self._enter(self.atomic.__enter__)
+            await self._enter(self._enter_atomic)
         except BaseException:
             if not block.ended:
-                await _run_to_the_end(self.executor, self._dispose, block)
+                await run_to_the_end(self.executor, self._dispose, block)
             raise
         belonging.begin(block)
         self.installed = threads.install()
+
+    def _enter_atomic(self):
+        self.atomic.__enter__()
 
     async def _borrow(self):
         """Return the only connection to a database once no block uses it."""
         executor = threads.thread_sensitive_executor()
         while True:
-            (connection, turn), cancelled = await _run_to_the_end(
+            (connection, turn), cancelled = await run_to_the_end(
                 executor, self._lend, None
             )
             if cancelled is not None:
@@ -238,18 +250,12 @@ class _Transaction(_Entry):
             return connection, None
         return connection, connection.turn
 
-    async def _exit(self, *exc_info):
-        try:
-            await super()._exit(*exc_info)
-        finally:
-            threads.uninstall(self.installed)
-            # Also if the task was cancelled during the COMMIT.
-            await self._run_hooks()
+    def _uninstall(self):
+        threads.uninstall(self.installed)
 
     def _exit_atomic(self, *exc_info):
         try:
-            self.atomic.__exit__(*exc_info)
-            self.hooks = self.block.connection.run_on_commit
+            super()._exit_atomic(*exc_info)
         finally:
             self._dispose()
 
@@ -266,26 +272,70 @@ class _Transaction(_Entry):
                 connection.close()
         self.executor.shutdown()
 
-    async def _run_hooks(self):
-        """Call what on_commit() registered, outside of the transaction."""
-        for _, func, robust in self.hooks:
-            try:
-                if iscoroutinefunction(func):
-                    await func()
-                else:
-                    await sync_to_async(func)()
-            except Exception as exc:
-                if not robust:
-                    raise
-                name = getattr(func, "__qualname__", func)
-                logger.exception(
-                    "Error calling %s in on_commit() during transaction (%s).",
-                    name,
-                    exc,
-                )
+
+class ManualTransaction(_Transaction):
+    """The time between aset_autocommit(False) and aset_autocommit(True)."""
+
+    def __init__(self, alias):
+        super().__init__(None, alias)
+
+    def _enter_atomic(self):
+        block = self.block
+        block.connection.set_autocommit(False)
+        block.manual = self
+        block.thread_ident = get_ident()
+        block.entered = True
+        block.connection.blocks.append(block)
+
+    async def leave(self):
+        await self._wait_for_nested()
+        await self._exit()
+
+    def _exit_atomic(self, *exc_info):
+        connection = self.block.connection
+        # They are called in the task that ends the transaction.
+        due = []
+        connection.run_and_clear_commit_hooks = lambda: due.append(True)
+        try:
+            if exc_info:
+                connection.rollback()
+            # It fails in a transaction that has begun, which then goes on.
+            connection.set_autocommit(True)
+        finally:
+            del connection.run_and_clear_commit_hooks
+        if due:
+            self.hooks, connection.run_on_commit = connection.run_on_commit, []
+        self._dispose()
 
 
-async def _run_to_the_end(executor, func, block):
+def _is_shared(connection):
+    """
+    Return whether a transaction can't have a connection of its own: because
+    the database has but one, or because what precedes it is to be committed
+    together with it.
+    """
+    return not connection.settings_dict["AUTOCOMMIT"] or (
+        connection.vendor == "sqlite" and connection.is_in_memory_db()
+    )
+
+
+async def run_hook(func, robust, message):
+    """Call a function or coroutine function given to on_commit()."""
+    try:
+        if isinstance(func, AsyncToSync):
+            func = func.awaitable
+        if iscoroutinefunction(func):
+            await func()
+        else:
+            await sync_to_async(func)()
+    except Exception as exc:
+        if not robust:
+            raise
+        name = getattr(func, "__qualname__", func)
+        logger.exception(message, name, exc)
+
+
+async def run_to_the_end(executor, func, block):
     """
     Call `func` in the executor as code inside `block`. Return its result, and
     the CancelledError that came meanwhile or None.

@@ -105,8 +105,10 @@ class Block:
     `parent` is the block around it, for any alias. `outer` is the storage that
     the context held before it. `depth` is the number of savepoint ids on the
     connection inside it. `thread_ident` is the thread that entered it, and
-    `thread` the TransactionThread it has for itself, if any. `failure` is an
+    `thread` the TransactionThread it has for itself, if any. After the end of
+    a `strict` block, what was started inside it is refused. `failure` is an
     exception to roll back for, raised while a block nested in it was open.
+    `manual` is the ManualTransaction whose time it is, if any.
     """
 
     __slots__ = (
@@ -117,8 +119,11 @@ class Block:
         "ended",
         "entered",
         "failure",
+        "hooks_due",
+        "manual",
         "outer",
         "parent",
+        "strict",
         "task",
         "thread",
         "thread_ident",
@@ -133,12 +138,15 @@ class Block:
         self.outer = inherited.get(None)
         self.parent = current()
         self.task = task and weakref.ref(task)
+        self.strict = task is not None
         self.title = title
         self.thread = None
         self.thread_ident = None
         self.depth = 0
         self.entered = False
         self.failure = None
+        self.hooks_due = False
+        self.manual = None
         self.ended = False
 
     def __str__(self):
@@ -153,14 +161,14 @@ class Block:
 # ##### The execution #####
 
 
-def _running_task():
+def running_task():
     loop = asyncio._get_running_loop()
     return None if loop is None else asyncio.current_task(loop)
 
 
 def execution_name():
     """Return what error messages call the current execution."""
-    task = _running_task()
+    task = running_task()
     name = task.get_name() if task else getattr(working, "task_name", None)
     if name:
         return f"task {name!r}"
@@ -169,7 +177,7 @@ def execution_name():
 
 def for_task(func):
     """Let `func`, called in a thread, work in the current task's name."""
-    task = _running_task()
+    task = running_task()
     name = task and task.get_name()
 
     @wraps(func)
@@ -193,7 +201,7 @@ def current():
     if storage is None or storage.data is None:
         return None
     block = storage.data
-    task = _running_task()
+    task = running_task()
     if task is None:
         return block
     while block is not None and block.task is not None:
@@ -237,16 +245,44 @@ def chain(block):
         block = block.parent
 
 
+class Entries:
+    """
+    What one context manager, perhaps shared by executions, has entered and not
+    left, the last at the end.
+    """
+
+    def __init__(self):
+        self._entries = []
+
+    def push(self, entry):
+        self._entries.append((_execution(), entry))
+
+    def pop(self):
+        """
+        Remove and return the last entry of the current execution. If it has
+        none, it leaves what another one has entered.
+        """
+        execution = _execution()
+        for index in reversed(range(len(self._entries))):
+            if self._entries[index][0] == execution:
+                return self._entries.pop(index)[1]
+        return self._entries.pop()[1]
+
+
+def _execution():
+    return running_task() or _thread.get_ident()
+
+
 # ##### The decision #####
 
 
-def decide(*, is_async, ended, same_thread, moved, runs_loop):
+def decide(*, strict, ended, same_thread, moved, runs_loop):
     """
     Return the decision of the first table. `moved` tells whether asgiref
     brought the execution to its thread, `runs_loop()` whether the thread that
     entered the block runs an event loop: a function, since it's costly.
     """
-    if is_async:
+    if strict:
         return REFUSE if ended else JOIN
     if ended:
         return OUTER
@@ -288,7 +324,7 @@ def _find(matches, refuse=True):
         if not matches(block):
             continue
         decision = decide(
-            is_async=block.task is not None,
+            strict=block.strict,
             ended=block.ended,
             same_thread=block.thread_ident == here,
             # Context that was copied by hand still has the tag of the thread
@@ -371,6 +407,9 @@ def share(connection, lent=False):
 
 
 def unshare(connection):
+    """Undo share(). Blocks that are still open end."""
+    while connection.blocks:
+        connection.blocks.pop().ended = True
     with _sharing:
         turn, connection.turn = connection.turn, None
         connection.execute_wrappers.remove(_statement)
@@ -571,8 +610,8 @@ def closes_block(get_connection):
                 return
             # What on_commit() registered may run in other threads, and must
             # not find the turn taken. aatomic() calls it by itself.
-            hooks_due = []
-            connection.run_and_clear_commit_hooks = lambda: hooks_due.append(True)
+            due = []
+            connection.run_and_clear_commit_hooks = lambda: due.append(True)
             try:
                 with taking_turn(connection, leaving=True):
                     _abandon_nested(connection, block, exit)
@@ -582,7 +621,9 @@ def closes_block(get_connection):
                         _pop(connection, self)
             finally:
                 del connection.run_and_clear_commit_hooks
-            if hooks_due and connection._thread_ident is not None:
+            if due and block is not None and block.task is not None:
+                block.hooks_due = True
+            elif due:
                 connection.run_and_clear_commit_hooks()
 
         return __exit__
@@ -622,10 +663,9 @@ def _pop(connection, atomic):
 
 
 def forget_blocks(connection):
-    """Drop the blocks that a connection was closed in."""
-    for block in connection.blocks:
-        block.ended = True
-    connection.blocks.clear()
+    """Drop the blocks that a connection was closed in, when it's opened."""
+    while connection.blocks and connection.blocks[-1].atomic is not None:
+        connection.blocks.pop().ended = True
 
 
 def mark_for_rollback(connection, exc):
@@ -694,26 +734,26 @@ def retire(connection, block):
 # ##### Refusals #####
 
 
-def _error(message):
+def error(message):
     # It imports this module.
     from django.db.transaction import TransactionManagementError
 
-    error = TransactionManagementError(message)
-    error.was_refused = True
-    return error
+    exc = TransactionManagementError(message)
+    exc.was_refused = True
+    return exc
 
 
 def _outlived(block):
-    return _error(
+    return error(
         f"{execution_name()} can't use the database '{block.alias}' any more, "
         f"because the aatomic() block that it was started in, opened by {block}, "
         "has ended. Await it inside the block, leave what has to follow the "
-        "commit to on_commit(), or open a block of its own."
+        "commit to on_commit(), or open a block of its own or new_connection()."
     )
 
 
 def rolled_back(block):
-    return _error(
+    return error(
         f"The block that {block} opened on the database '{block.alias}' was rolled "
         "back, because a block around it ended first. Await what opens a block "
         "before leaving the block around it."
@@ -721,7 +761,7 @@ def rolled_back(block):
 
 
 def _foreign(connection):
-    return _error(
+    return error(
         f"{execution_name()} can't use this connection to the database "
         f"'{connection.alias}', because it belongs to a transaction opened by "
         f"{connection.blocks[0]}. Use django.db.connections instead of passing "
@@ -730,7 +770,7 @@ def _foreign(connection):
 
 
 def waited_in_vain(connection):
-    return _error(
+    return error(
         f"{execution_name()} waited {TURN_TIMEOUT} seconds for the block that "
         f"{_top(connection)} opened on the database '{connection.alias}' to end. "
         "If that block waits for it in turn, neither can go on: start it inside "
@@ -739,7 +779,7 @@ def waited_in_vain(connection):
 
 
 def _waits_for_itself(connection):
-    return _error(
+    return error(
         f"{execution_name()} can't use the database '{connection.alias}' while the "
         f"block that {_top(connection)} opened is open, because that block needs "
         "the thread it would wait in. Await it before or after the block, or call "

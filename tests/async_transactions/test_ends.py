@@ -66,7 +66,8 @@ class OutlivingTests(AsyncTransactionTestCase):
             "task 'the late task' can't use the database 'default' any more, because "
             "the aatomic() block that it was started in, opened by task "
             f"'{opener}', has ended. Await it inside the block, leave what has to "
-            "follow the commit to on_commit(), or open a block of its own."
+            "follow the commit to on_commit(), or open a block of its own or "
+            "new_connection()."
         )
         with self.assertRaisesMessage(TransactionManagementError, msg):
             await self.outlive(lambda: Entry.objects.acreate(name="late"))

@@ -36,7 +36,7 @@ class DecisionTableTests(SimpleTestCase):
             for moved in (True, False):
                 self.assertDecision(
                     belonging.JOIN,
-                    is_async=True,
+                    strict=True,
                     ended=False,
                     same_thread=same_thread,
                     moved=moved,
@@ -48,7 +48,7 @@ class DecisionTableTests(SimpleTestCase):
             for moved in (True, False):
                 self.assertDecision(
                     belonging.REFUSE,
-                    is_async=True,
+                    strict=True,
                     ended=True,
                     same_thread=same_thread,
                     moved=moved,
@@ -58,7 +58,7 @@ class DecisionTableTests(SimpleTestCase):
     def test_atomic_open_in_the_thread_that_entered_it(self):
         self.assertDecision(
             belonging.JOIN,
-            is_async=False,
+            strict=False,
             ended=False,
             same_thread=True,
             moved=True,
@@ -68,7 +68,7 @@ class DecisionTableTests(SimpleTestCase):
     def test_atomic_open_brought_to_another_thread_by_asgiref(self):
         self.assertDecision(
             belonging.JOIN,
-            is_async=False,
+            strict=False,
             ended=False,
             same_thread=False,
             moved=True,
@@ -78,7 +78,7 @@ class DecisionTableTests(SimpleTestCase):
     def test_atomic_open_in_another_thread_while_its_own_runs_a_loop(self):
         self.assertDecision(
             belonging.JOIN,
-            is_async=False,
+            strict=False,
             ended=False,
             same_thread=False,
             moved=False,
@@ -88,7 +88,7 @@ class DecisionTableTests(SimpleTestCase):
     def test_atomic_open_in_another_thread_otherwise(self):
         self.assertDecision(
             belonging.OWN,
-            is_async=False,
+            strict=False,
             ended=False,
             same_thread=False,
             moved=False,
@@ -100,7 +100,7 @@ class DecisionTableTests(SimpleTestCase):
             for moved in (True, False):
                 self.assertDecision(
                     belonging.OUTER,
-                    is_async=False,
+                    strict=False,
                     ended=True,
                     same_thread=same_thread,
                     moved=moved,

@@ -1,0 +1,153 @@
+"""
+Connections that a block of code has for itself.
+
+new_connection() puts a block without an Atomic at the bottom of a fresh
+connection's stack (see django.db.belonging): code inside joins it as it would
+join a transaction, atomic() and aatomic() nest in it, and the connection of a
+transaction around it isn't found any more, until the block is left.
+"""
+
+import asyncio
+from contextlib import suppress
+from functools import partial, wraps
+from inspect import iscoroutinefunction
+
+from django.db import belonging, connections, threads
+from django.db.async_atomic import run_to_the_end
+from django.db.utils import Error, NotSupportedError
+
+
+class NewConnection:
+    """
+    A context manager and decorator, for both colours of code.
+
+    This is a private API.
+    """
+
+    def __init__(self, using):
+        self._using = using
+        # The entries that haven't been left, the last one at the end.
+        self._entries = belonging.Entries()
+
+    def __call__(self, func):
+        if iscoroutinefunction(func):
+
+            @wraps(func)
+            async def inner(*args, **kwargs):
+                async with NewConnection(self._using):
+                    return await func(*args, **kwargs)
+
+        else:
+
+            @wraps(func)
+            def inner(*args, **kwargs):
+                with NewConnection(self._using):
+                    return func(*args, **kwargs)
+
+        return inner
+
+    def __enter__(self):
+        self._begin(task=None)
+
+    def __exit__(self, exc_type, exc_value, traceback):
+        for block in reversed(self._entries.pop()):
+            _close(block)
+            belonging.restore(block)
+
+    async def __aenter__(self):
+        self._begin(task=asyncio.current_task())
+
+    async def __aexit__(self, exc_type, exc_value, traceback):
+        cancelled = None
+        for block in reversed(self._entries.pop()):
+            if exc_type is None and cancelled is None:
+                try:
+                    await _wait_for_nested(block)
+                except asyncio.CancelledError as exc:
+                    cancelled = exc
+            executor = threads.thread_sensitive_executor()
+            _, interrupted = await run_to_the_end(
+                executor, partial(_close, block), None
+            )
+            cancelled = cancelled or interrupted
+            belonging.restore(block)
+        if cancelled is not None:
+            raise cancelled
+
+    def _begin(self, task):
+        if self._using is None:
+            aliases = list(connections)
+        elif isinstance(self._using, str):
+            aliases = [self._using]
+        else:
+            aliases = self._using
+        blocks = [_open(alias, task) for alias in aliases]
+        for block in blocks:
+            block.parent = belonging.current()
+            belonging.begin(block)
+        self._entries.push(blocks)
+
+
+def new_connection(using=None):
+    """
+    Give the code inside connections of its own.
+
+    `using` is a database alias or an iterable of them; by default they are
+    all meant. The connections are opened at their first use, in autocommit
+    mode, and closed, or returned to their pool, at the end. A transaction
+    around the block is paused: it neither contains nor sees what's done
+    inside, until that's committed.
+
+    The result is a context manager and a decorator, for synchronous and for
+    asynchronous code. Blocks of it can be nested.
+
+    Raise TransactionManagementError in a TestCase, whose rollback it would
+    escape, and NotSupportedError for an in-memory SQLite database, which has
+    but one connection.
+    """
+    # Bare decorator: @new_connection -- although the first argument is called
+    # `using`, it's actually the function being decorated.
+    if callable(using):
+        return NewConnection(None)(using)
+    # Decorator: @new_connection(...) or context manager.
+    return NewConnection(using)
+
+
+async def _wait_for_nested(block):
+    """Wait for blocks of tasks that were started inside to be left."""
+    connection = block.connection
+    await connection.turn.comes(
+        lambda: connection.blocks[-1] is block, belonging.TURN_TIMEOUT
+    )
+
+
+def _open(alias, task):
+    for block in belonging.chain(belonging.current()):
+        if block.alias == alias and block.atomic and block.atomic._from_testcase:
+            raise belonging.error(
+                "new_connection() would escape the transaction of this TestCase. "
+                "Use TransactionTestCase to test it."
+            )
+    connection = connections.create_connection(alias)
+    if connection.vendor == "sqlite" and connection.is_in_memory_db():
+        raise NotSupportedError(
+            f"new_connection() can't be used for the database '{alias}', because an "
+            "in-memory SQLite database has but one connection."
+        )
+    block = belonging.Block(
+        alias, connection, None, task=task, title=belonging.execution_name()
+    )
+    belonging.share(connection)
+    connection._thread_ident = None
+    block.strict = True
+    block.entered = True
+    connection.blocks.append(block)
+    return block
+
+
+def _close(block):
+    connection = block.connection
+    belonging.unshare(connection)
+    belonging.retire(connection, block)
+    with suppress(Error):
+        connection.close()

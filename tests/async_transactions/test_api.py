@@ -1,0 +1,318 @@
+"""
+Promise 6: the asynchronous counterparts of transaction's functions.
+"""
+
+import asyncio
+import inspect
+
+from django.db import IntegrityError, connection, transaction
+from django.db.transaction import TransactionManagementError
+
+from .base import AsyncTransactionTestCase, Rollback, is_in_memory, names
+from .models import Entry
+
+COUNTERPARTS = [
+    "clean_savepoints",
+    "commit",
+    "get_autocommit",
+    "get_rollback",
+    "mark_for_rollback_on_error",
+    "on_commit",
+    "rollback",
+    "savepoint_commit",
+    "savepoint_create",
+    "savepoint_rollback",
+    "set_autocommit",
+    "set_rollback",
+]
+
+
+class FunctionTests(AsyncTransactionTestCase):
+    def test_signatures(self):
+        for name in COUNTERPARTS:
+            with self.subTest(name):
+                self.assertEqual(
+                    inspect.signature(getattr(transaction, f"a{name}")),
+                    inspect.signature(getattr(transaction, name)),
+                )
+
+    async def test_autocommit(self):
+        self.assertIs(await transaction.aget_autocommit(), True)
+        async with transaction.aatomic():
+            if connection.vendor != "sqlite":
+                self.assertIs(await transaction.aget_autocommit(), False)
+            msg = "This is forbidden when an 'atomic' block is active."
+            for call in (
+                transaction.acommit(),
+                transaction.arollback(),
+                transaction.aset_autocommit(True),
+                transaction.aset_autocommit(False),
+            ):
+                with self.assertRaisesMessage(TransactionManagementError, msg):
+                    await call
+            await Entry.objects.acreate(name="usable")
+        self.assertIs(await transaction.aget_autocommit(), True)
+        await self.assertAsyncNames("usable")
+
+    async def test_savepoints(self):
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="first")
+            sid = await transaction.asavepoint_create()
+            await Entry.objects.acreate(name="rolled back")
+            await transaction.asavepoint_rollback(sid)
+            await transaction.asavepoint_commit(sid)
+            sid = await transaction.asavepoint_create()
+            await Entry.objects.acreate(name="second")
+            await transaction.asavepoint_commit(sid)
+            await transaction.aclean_savepoints()
+            self.assertEqual(transaction.get_connection().savepoint_state, 0)
+        await self.assertAsyncNames("first", "second")
+
+    async def test_recovery_by_hand(self):
+        """The documented way to go on after an error."""
+        await Entry.objects.acreate(name="a")
+        async with transaction.aatomic():
+            sid = await transaction.asavepoint_create()
+            with self.assertRaises(IntegrityError):
+                await Entry.objects.acreate(name="a")
+            self.assertIs(await transaction.aget_rollback(), True)
+            await transaction.aset_rollback(False)
+            await transaction.asavepoint_rollback(sid)
+            await Entry.objects.acreate(name="b")
+        await self.assertAsyncNames("a", "b")
+
+    async def test_rollback_flag(self):
+        msg = "The rollback flag doesn't work outside of an 'atomic' block."
+        with self.assertRaisesMessage(TransactionManagementError, msg):
+            await transaction.aget_rollback()
+        with self.assertRaisesMessage(TransactionManagementError, msg):
+            await transaction.aset_rollback(True)
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="a")
+            await transaction.aset_rollback(True)
+        await self.assertAsyncNames()
+
+    async def test_mark_for_rollback_on_error(self):
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="a")
+            with self.assertRaises(Rollback):
+                async with transaction.amark_for_rollback_on_error():
+                    raise Rollback
+            self.assertIs(await transaction.aget_rollback(), True)
+        await self.assertAsyncNames()
+        with self.assertRaises(Rollback):
+            async with transaction.amark_for_rollback_on_error():
+                raise Rollback
+        await Entry.objects.acreate(name="b")
+        await self.assertAsyncNames("b")
+
+
+class ManualTransactionTests(AsyncTransactionTestCase):
+    async def test_commit_and_rollback(self):
+        await transaction.aset_autocommit(False)
+        try:
+            self.assertIs(await transaction.aget_autocommit(), False)
+            await Entry.objects.acreate(name="a")
+            await transaction.acommit()
+            await Entry.objects.acreate(name="b")
+            await transaction.arollback()
+        finally:
+            await transaction.aset_autocommit(True)
+        self.assertIs(await transaction.aget_autocommit(), True)
+        await self.assertAsyncNames("a")
+
+    async def test_isolation(self):
+        if connection.vendor == "sqlite":
+            self.skipTest("A transaction keeps others from writing.")
+        began = asyncio.Event()
+        done = asyncio.Event()
+
+        async def foreign():
+            await began.wait()
+            found = await names()
+            await Entry.objects.acreate(name="foreign")
+            done.set()
+            return found
+
+        task = asyncio.create_task(foreign())
+        await asyncio.sleep(0)
+        await transaction.aset_autocommit(False)
+        await Entry.objects.acreate(name="manual")
+        began.set()
+        await done.wait()
+        await transaction.arollback()
+        await transaction.aset_autocommit(True)
+        self.assertEqual(await task, [])
+        await self.assertAsyncNames("foreign")
+
+    async def test_blocks_inside(self):
+        called = []
+        await transaction.aset_autocommit(False)
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="a")
+            transaction.on_commit(lambda: called.append("committed"))
+            with self.assertRaises(Rollback):
+                async with transaction.aatomic():
+                    await Entry.objects.acreate(name="b")
+                    raise Rollback
+        self.assertEqual(called, [])
+        await transaction.acommit()
+        await transaction.aset_autocommit(True)
+        self.assertEqual(called, ["committed"])
+        await self.assertAsyncNames("a")
+
+    async def test_uncommitted_changes(self):
+        """As in synchronous code, on psycopg."""
+        if connection.vendor != "postgresql":
+            self.skipTest("psycopg refuses that.")
+        await transaction.aset_autocommit(False)
+        await Entry.objects.acreate(name="a")
+        with self.assertRaisesMessage(Exception, "autocommit"):
+            await transaction.aset_autocommit(True)
+        await Entry.objects.acreate(name="b")
+        await transaction.acommit()
+        await transaction.aset_autocommit(True)
+        await self.assertAsyncNames("a", "b")
+
+    async def test_on_commit(self):
+        await transaction.aset_autocommit(False)
+        msg = "on_commit() cannot be used in manual transaction management"
+        with self.assertRaisesMessage(TransactionManagementError, msg):
+            await transaction.aon_commit(lambda: None)
+        await transaction.aset_autocommit(True)
+
+
+class AutocommitOffTests(AsyncTransactionTestCase):
+    """AUTOCOMMIT: False, where a block doesn't commit."""
+
+    def setUp(self):
+        super().setUp()
+        if is_in_memory() or connection.vendor == "sqlite":
+            self.skipTest("It can't be changed on SQLite.")
+        connection.close()
+        settings = connection.settings_dict
+        settings["AUTOCOMMIT"] = False
+        self.addCleanup(connection.close)
+        self.addCleanup(settings.__setitem__, "AUTOCOMMIT", True)
+        self.addCleanup(connection.rollback)
+
+    async def test_block_is_committed_with_the_rest(self):
+        await Entry.objects.acreate(name="before")
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="block")
+        await transaction.arollback()
+        self.assertEqual(await names(), [])
+        await transaction.arollback()
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="block")
+            with self.assertRaises(Rollback):
+                async with transaction.aatomic():
+                    await Entry.objects.acreate(name="nested")
+                    raise Rollback
+        await transaction.acommit()
+        await transaction.arollback()
+        self.assertEqual(await names(), ["block"])
+        await transaction.arollback()
+
+    async def test_block_that_fails(self):
+        await Entry.objects.acreate(name="before")
+        with self.assertRaises(Rollback):
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="block")
+                raise Rollback
+        await transaction.acommit()
+        self.assertEqual(await names(), ["before"])
+        await transaction.arollback()
+
+
+class AsyncOnCommitTests(AsyncTransactionTestCase):
+    def setUp(self):
+        super().setUp()
+        self.called = []
+
+    def do(self, name):
+        self.called.append(name)
+
+    async def ado(self, name):
+        await asyncio.sleep(0)
+        self.called.append(name)
+
+    async def test_functions_of_both_colours_in_order(self):
+        async with transaction.aatomic():
+            await transaction.aon_commit(lambda: self.do("first"))
+
+            async def second():
+                await self.ado("second")
+
+            await transaction.aon_commit(second)
+            transaction.on_commit(lambda: self.do("third"))
+
+            async def fourth():
+                await self.ado("fourth")
+
+            transaction.on_commit(fourth)
+            self.assertEqual(self.called, [])
+        self.assertEqual(self.called, ["first", "second", "third", "fourth"])
+
+    def test_coroutine_function_in_a_sync_block(self):
+        async def func():
+            await self.ado("async")
+
+        with transaction.atomic():
+            transaction.on_commit(func)
+            self.assertEqual(self.called, [])
+        self.assertEqual(self.called, ["async"])
+
+    async def test_outside_of_transactions(self):
+        async def func():
+            await self.ado("async")
+
+        await transaction.aon_commit(func)
+        await transaction.aon_commit(lambda: self.do("sync"))
+        self.assertEqual(self.called, ["async", "sync"])
+
+    async def test_not_callable(self):
+        msg = "on_commit()'s callback must be a callable."
+        with self.assertRaisesMessage(TypeError, msg):
+            await transaction.aon_commit("not callable")
+
+    async def test_robust(self):
+        async def fail():
+            raise Rollback("robust")
+
+        for block in (True, False):
+            with self.subTest(block=block):
+                with self.assertLogs("django.db.backends.base", "ERROR") as cm:
+                    if block:
+                        async with transaction.aatomic():
+                            await transaction.aon_commit(fail, robust=True)
+                    else:
+                        await transaction.aon_commit(fail, robust=True)
+                self.assertIn("fail in on_commit()", cm.records[0].getMessage())
+
+    async def test_registered_by_a_callback(self):
+        async def func():
+            await transaction.aon_commit(lambda: self.do("at once"))
+            async with transaction.aatomic():
+                await transaction.aon_commit(lambda: self.do("inner"))
+                self.do("in the block")
+
+        async with transaction.aatomic():
+            await transaction.aon_commit(func)
+        self.assertEqual(self.called, ["at once", "in the block", "inner"])
+
+    async def test_called_in_the_task_that_is_cancelled(self):
+        async def func():
+            await self.ado(asyncio.current_task().get_name())
+
+        async def block():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="committed")
+                await transaction.aon_commit(func)
+                asyncio.get_running_loop().call_soon(asyncio.current_task().cancel)
+
+        task = asyncio.create_task(block(), name="the cancelled task")
+        with self.assertRaises(asyncio.CancelledError):
+            await task
+        self.assertEqual(self.called, ["the cancelled task"])
+        await self.assertAsyncNames("committed")
