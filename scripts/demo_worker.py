@@ -1,0 +1,333 @@
+"""
+Answer the forum's questions with the Django that is installed.
+
+    python scripts/demo_worker.py
+
+demo.py starts this once with stock Django and once with the fork. It uses the
+server that DATABASE_URL names, creates one table there and drops it. The
+output is a JSON object: the versions, and for each question what was observed
+and whether the fork's promise was kept.
+
+Exit codes: 0 if all questions were answered, 2 if the server does not answer.
+"""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import inspect
+import json
+import os
+import sys
+
+import postgres
+import psycopg
+from asgiref.sync import async_to_sync, sync_to_async
+
+import django
+from django.conf import settings
+from django.db import connection, models, transaction
+
+APPLICATION_NAME = f"demo-{os.getpid()}"
+TIMEOUT = 20
+
+
+class AsyncAtomicContextManager(transaction.Atomic):
+    """The forum's recipe: atomic() for "async with", by sync_to_async()."""
+
+    def __init__(self, using=None, savepoint=True, durable=False):
+        super().__init__(using, savepoint, durable)
+
+    async def __aenter__(self):
+        await sync_to_async(super().__enter__)()
+
+    async def __aexit__(self, exc_type, exc_value, traceback):
+        await sync_to_async(super().__exit__)(exc_type, exc_value, traceback)
+
+
+# The best that the installed Django has to offer.
+block = getattr(transaction, "aatomic", AsyncAtomicContextManager)
+
+
+class Rollback(Exception):
+    """What the blocks below fail with."""
+
+
+class Observer:
+    """Look at the database through a connection that Django does not know."""
+
+    def __init__(self, url):
+        self.connection = psycopg.connect(url, autocommit=True)
+
+    def column(self, sql, *params):
+        """Return the first column of a query's result as a set."""
+        return {row[0] for row in self.connection.execute(sql, params)}
+
+    def names(self):
+        """Return the names of the committed entries."""
+        return self.column(f"SELECT name FROM {Entry._meta.db_table}")
+
+    def open_transactions(self):
+        """Return the backends on which Django has a transaction open."""
+        return self.column(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = %s "
+            "AND state LIKE 'idle in transaction%%'",
+            APPLICATION_NAME,
+        )
+
+
+def backend():
+    """Return the number of the backend that serves the caller."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        return cursor.fetchone()[0]
+
+
+abackend = sync_to_async(backend)
+
+
+async def two_tasks(observer):
+    """
+    1. Are synchronous connections a design decision? Can two tasks be in a
+    transaction each?
+    """
+    first_is_open, second_is_closed = asyncio.Event(), asyncio.Event()
+    backends = []
+
+    async def first():
+        async with block():
+            backends.append(await abackend())
+            first_is_open.set()
+            await second_is_closed.wait()
+
+    async def second():
+        await first_is_open.wait()
+        async with block():
+            backends.append(await abackend())
+            transactions = observer.open_transactions()
+        second_is_closed.set()
+        return transactions
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(first())
+        result = tasks.create_task(second())
+    transactions = result.result()
+    kept = backends[0] != backends[1] and transactions == set(backends)
+    return kept, (
+        f"The tasks' blocks run on backends {backends[0]} and {backends[1]}, "
+        f"transactions open at once: {len(transactions)}."
+    )
+
+
+async def other_thread(observer):
+    """
+    2. Why are connections bound to threads? Does a block cover the code it
+    runs with asyncio.to_thread()?
+    """
+
+    def work():
+        Entry.objects.create(name="thread")
+        return backend()
+
+    with contextlib.suppress(Rollback):
+        async with block():
+            of_block = await abackend()
+            of_thread = await asyncio.to_thread(work)
+            raise Rollback
+    survived = "thread" in observer.names()
+    return of_thread == of_block and not survived, (
+        f"The block runs on backend {of_block}, the thread on {of_thread}. "
+        + outcome("The thread's row", survived)
+    )
+
+
+def loop_in_atomic(observer, start):
+    """Create a row in a coroutine below atomic()."""
+
+    async def work():
+        await Entry.objects.acreate(name="coroutine")
+        return await abackend()
+
+    with contextlib.suppress(Rollback), transaction.atomic():
+        of_block = backend()
+        of_coroutine = start(work)
+        raise Rollback
+    survived = "coroutine" in observer.names()
+    return of_coroutine == of_block and not survived, (
+        f"The block runs on backend {of_block}, the coroutine on {of_coroutine}. "
+        + outcome("The coroutine's row", survived)
+    )
+
+
+def new_loop(observer):
+    """
+    3. Is an event loop that is started in atomic() inside the block, with
+    asyncio.run()?
+    """
+    return loop_in_atomic(observer, lambda work: asyncio.run(work()))
+
+
+def loop_of_asgiref(observer):
+    """
+    3. Is a coroutine inside the block that atomic() calls through
+    async_to_sync()?
+    """
+    return loop_in_atomic(observer, lambda work: async_to_sync(work)())
+
+
+async def overlapping_blocks(observer):
+    """
+    4. Does AsyncAtomicContextManager behave? If two blocks overlap, does each
+    end on its own?
+    """
+    first_wrote, second_wrote, first_failed = (asyncio.Event() for _ in range(3))
+
+    async def first():
+        with contextlib.suppress(Rollback):
+            async with block():
+                await Entry.objects.acreate(name="failed")
+                first_wrote.set()
+                await second_wrote.wait()
+                raise Rollback
+        first_failed.set()
+
+    async def second():
+        await first_wrote.wait()
+        async with block():
+            await Entry.objects.acreate(name="successful")
+            second_wrote.set()
+            await first_failed.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(first())
+        tasks.create_task(second())
+    names = observer.names()
+    return names == {"successful"}, (
+        f"With {block.__name__}: "
+        + outcome("the failed block's row", "failed" in names)
+        + outcome(" The successful block's row", "successful" in names)
+    )
+
+
+async def race(observer):
+    """
+    5. The race: if an older task wakes up between a block's "does it exist?"
+    and "create", is it outside the block?
+    """
+    touched, checked, wrote, created, read = (asyncio.Event() for _ in range(5))
+
+    async def older_task():
+        await Entry.objects.acount()
+        touched.set()
+        await checked.wait()
+        of_task = await abackend()
+        await Entry.objects.acreate(name="task")
+        wrote.set()
+        await created.wait()
+        seen = await Entry.objects.filter(name="block").aexists()
+        read.set()
+        return of_task, seen
+
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(older_task())
+        await touched.wait()
+        with contextlib.suppress(Rollback):
+            async with block():
+                of_block = await abackend()
+                if not await Entry.objects.filter(name="block").aexists():
+                    checked.set()
+                    await wrote.wait()
+                    await Entry.objects.acreate(name="block")
+                    created.set()
+                    await read.wait()
+                raise Rollback
+    of_task, seen = task.result()
+    names = observer.names()
+    return of_task != of_block and not seen and names == {"task"}, (
+        f"The block runs on backend {of_block}, the task on {of_task}. It "
+        f"{'sees' if seen else 'does not see'} the block's uncommitted row. "
+        + outcome("The task's row", "task" in names)
+    )
+
+
+def outcome(row, exists):
+    """Tell what became of a row."""
+    return f"{row} {'is committed' if exists else 'is rolled back'}."
+
+
+QUESTIONS = [
+    two_tasks,
+    other_thread,
+    new_loop,
+    loop_of_asgiref,
+    overlapping_blocks,
+    race,
+]
+
+
+def answer(question, observer):
+    """Return a question, what was observed, and whether it is as promised."""
+    observer.connection.execute(f"TRUNCATE {Entry._meta.db_table}")
+    try:
+        if inspect.iscoroutinefunction(question):
+            coroutine = asyncio.wait_for(question(observer), TIMEOUT)
+            kept, observed = asyncio.run(coroutine)
+        else:
+            kept, observed = question(observer)
+    except Exception as error:
+        kept, observed = False, f"{type(error).__name__}: {error}"
+    return {
+        "question": " ".join(question.__doc__.split()),
+        "kept": kept,
+        "observed": observed,
+    }
+
+
+def configure(database):
+    """Set Django up for one table."""
+    global Entry
+
+    database["OPTIONS"] |= {
+        "application_name": APPLICATION_NAME,
+        # A lock that is never released must not look like patience.
+        "options": f"-c lock_timeout={TIMEOUT}s",
+    }
+    settings.configure(DATABASES={"default": database})
+    django.setup()
+
+    class Entry(models.Model):
+        name = models.CharField(max_length=20, unique=True)
+
+        class Meta:
+            app_label = "demo"
+            # The server may be somebody's, and used by two demos.
+            db_table = f"aatomic_demo_{os.getpid()}"
+
+
+def main():
+    """Answer the questions; return the exit code."""
+    url = os.environ["DATABASE_URL"]
+    try:
+        configure(postgres.database_settings(url))
+    except postgres.ServerError as error:
+        print(error, file=sys.stderr)
+        return 2
+    with connection.schema_editor() as editor:
+        editor.create_model(Entry)
+    observer = Observer(url)
+    try:
+        answers = [answer(question, observer) for question in QUESTIONS]
+    finally:
+        observer.connection.execute(f"DROP TABLE {Entry._meta.db_table}")
+    version = observer.connection.info.server_version
+    result = {
+        "django": importlib.metadata.version("Django"),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "postgresql": f"{version // 10000}.{version % 10000}",
+        "answers": answers,
+    }
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

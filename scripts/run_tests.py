@@ -1,0 +1,226 @@
+"""
+Run the fork's tests, and the upstream tests it affects, on one database.
+
+    python scripts/run_tests.py sqlite
+    python scripts/run_tests.py postgres --upstream
+    python scripts/run_tests.py sqlite-memory transactions -- -k savepoint
+
+Materialise the tree this repository describes in a temporary directory, write
+a settings module, and call the tree's tests/runtests.py. Arguments after "--"
+are passed on to it. PostgreSQL is started by postgres.py, unless DATABASE_URL
+is set.
+
+Exit codes: that of runtests.py, 1 also if it ran no test, 2 if the tests
+cannot be run.
+"""
+
+import argparse
+import os
+import pathlib
+import pprint
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+
+import postgres
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Test apps of Django's that exercise what the patches touch.
+AFFECTED = [
+    "transactions",
+    "transaction_hooks",
+    "backends",
+    "async",
+    "handlers",
+    "asgi",
+    "test_utils",
+    "db_utils",
+    "basic",
+    "queries",
+]
+
+# Everything but DATABASES.
+SETTINGS = {
+    "SECRET_KEY": "tests",
+    "PASSWORD_HASHERS": ["django.contrib.auth.hashers.MD5PasswordHasher"],
+    "USE_TZ": False,
+    "DEFAULT_AUTO_FIELD": "django.db.models.AutoField",
+}
+
+ALIASES = ["default", "other"]
+
+
+class TestsError(Exception):
+    """The tests cannot be run. The message says what to do."""
+
+
+def sqlite_file(directory):
+    """Return the settings of databases in files, for several writers."""
+    return {
+        alias: {
+            "ENGINE": "django.db.backends.sqlite3",
+            # A writer waits for another's transaction to end. Without
+            # IMMEDIATE, one that has read before fails instead.
+            "OPTIONS": {
+                "timeout": 30,
+                "transaction_mode": "IMMEDIATE",
+                "init_command": "PRAGMA journal_mode=WAL",
+            },
+            "TEST": {"NAME": str(directory / f"{alias}.sqlite3")},
+        }
+        for alias in ALIASES
+    }
+
+
+def sqlite_memory():
+    """Return the settings of databases in memory, Django's default."""
+    return {alias: {"ENGINE": "django.db.backends.sqlite3"} for alias in ALIASES}
+
+
+def postgresql(url):
+    """Return the settings of databases on the server at a URL."""
+    settings = postgres.database_settings(url)
+    # The names are unique: a server can serve several runs, and its user's
+    # databases are not touched.
+    return {
+        alias: {**settings, "TEST": {"NAME": f"test_{alias}_{os.getpid()}"}}
+        for alias in ALIASES
+    }
+
+
+def own_labels():
+    """Return the names of the test apps the fork adds."""
+    return sorted(path.parent.name for path in ROOT.glob("tests/*/__init__.py"))
+
+
+def materialise(directory):
+    """Create the tree this repository describes."""
+    command = [sys.executable, ROOT / "scripts" / "materialise.py", "--dir", directory]
+    if subprocess.run(command).returncode:
+        raise TestsError("The tree to test cannot be materialised, see above.")
+
+
+def write_settings(path, databases):
+    """Write a settings module."""
+    settings = {**SETTINGS, "DATABASES": databases}
+    lines = [f"{name} = {pprint.pformat(value)}" for name, value in settings.items()]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def run(tree, directory, databases, arguments):
+    """Run runtests.py and show its output. Return its exit code and counts."""
+    write_settings(directory / "settings_of_run_tests.py", databases)
+    search = [tree, directory, os.environ.get("PYTHONPATH", "")]
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(str(path) for path in search if path),
+    }
+    command = [sys.executable, "runtests.py", "--settings=settings_of_run_tests"]
+    process = subprocess.Popen(
+        [*command, *arguments],
+        cwd=tree / "tests",
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    output = b""
+    with process.stdout, postgres.ending(process):
+        # Dots are progress, whether or not their line is complete.
+        while chunk := process.stdout.read1():
+            output += chunk
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+        return process.wait(), count(output.decode(errors="replace"))
+
+
+def count(output):
+    """Return the number of tests that passed, failed and were skipped."""
+    ran = sum(map(int, re.findall(r"^Ran (\d+) tests? in ", output, re.MULTILINE)))
+    counts = dict.fromkeys(["failures", "errors", "unexpected successes", "skipped"], 0)
+    for result in re.findall(r"^(?:OK|FAILED) \((.*)\)$", output, re.MULTILINE):
+        for name, number in re.findall(r"([a-z ]+)=(\d+)", result):
+            counts[name.strip()] = counts.get(name.strip(), 0) + int(number)
+    failed = counts["failures"] + counts["errors"] + counts["unexpected successes"]
+    return ran - failed - counts["skipped"], failed, counts["skipped"]
+
+
+def run_on(database, tree, directory, arguments):
+    """Run the tests on one kind of database."""
+    if database == "sqlite":
+        # Django copies the database for each process, but not its WAL.
+        arguments = [*arguments, "--parallel=1"]
+        return run(tree, directory, sqlite_file(directory), arguments)
+    if database == "sqlite-memory":
+        return run(tree, directory, sqlite_memory(), arguments)
+    with postgres.server() as url:
+        return run(tree, directory, postgresql(url), arguments)
+
+
+def parse(arguments):
+    """Return the options, and the arguments for runtests.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("database", choices=["sqlite", "sqlite-memory", "postgres"])
+    parser.add_argument(
+        "labels", nargs="*", help="what to run instead of all of the fork's tests"
+    )
+    parser.add_argument(
+        "--upstream", action="store_true", help="add " + ", ".join(AFFECTED)
+    )
+    parser.add_argument(
+        "--tree",
+        type=pathlib.Path,
+        help="test this tree (for example build/django, while editing it) instead of "
+        "a new one",
+    )
+    # argparse cannot keep apart arguments for two programs.
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return parser.parse_intermixed_args(arguments[:end]), arguments[end + 1 :]
+
+
+def main(arguments):
+    """Run the command line; return the exit code."""
+    options, passed_on = parse(arguments)
+    postgres.unwind_on_termination()
+    try:
+        labels = options.labels or own_labels()
+        if options.upstream:
+            labels = [*labels, *AFFECTED]
+        if not labels:
+            raise TestsError(f"There are no test apps in {ROOT / 'tests'}.")
+        with tempfile.TemporaryDirectory(prefix="run-tests-") as name:
+            directory = pathlib.Path(name)
+            tree = options.tree and options.tree.resolve()
+            if tree is None:
+                tree = directory / "django"
+                materialise(tree)
+            elif not (tree / "tests" / "runtests.py").exists():
+                raise TestsError(
+                    f"{tree} has no tests/runtests.py. Create it with "
+                    f"scripts/materialise.py --dir {tree}."
+                )
+            print(f"{options.database}: {' '.join(labels)}", flush=True)
+            returncode, (passed, failed, skipped) = run_on(
+                options.database, tree, directory, [*labels, *passed_on]
+            )
+    except (TestsError, postgres.ServerError) as error:
+        print(f"run_tests.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(
+        f"{options.database}: {passed} passed, {failed} failed, {skipped} skipped",
+        flush=True,
+    )
+    if not passed + failed + skipped:
+        print("run_tests.py: No test was run.", file=sys.stderr)
+        return returncode or 1
+    return returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

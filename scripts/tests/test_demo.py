@@ -1,0 +1,183 @@
+import ast
+import contextlib
+import io
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import unittest
+from unittest import mock
+
+import demo
+import postgres
+
+
+def result(*kept, version="6.1.3"):
+    """Return what a worker reports."""
+    answers = [
+        {"question": f"Question {number}?", "kept": value, "observed": "Observed."}
+        for number, value in enumerate(kept, 1)
+    ]
+    return {
+        "django": version,
+        "python": "3.13.0",
+        "postgresql": "18.6",
+        "answers": answers,
+    }
+
+
+class OutputMixin:
+    def call(self, function, *args):
+        """Return the result, and what was written to stdout and stderr."""
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            value = function(*args)
+        return value, stdout.getvalue(), stderr.getvalue()
+
+
+class ReportTests(OutputMixin, unittest.TestCase):
+    def test_kept(self):
+        code, stdout, _ = self.call(
+            demo.report,
+            result(False, True),
+            result(True, True, version="6.1.3+aatomic.1"),
+        )
+        self.assertEqual(code, 0)
+        self.assertIn("Stock: Django 6.1.3 ", stdout)
+        self.assertIn("Fork: Django 6.1.3+aatomic.1", stdout)
+        self.assertIn("As promised: stock 1 of 2, fork 2 of 2.", stdout)
+
+    def test_broken(self):
+        code, stdout, _ = self.call(demo.report, result(True), result(False))
+        self.assertEqual(code, 1)
+        self.assertIn("fork 0 of 1", stdout)
+
+    def test_fork_fails(self):
+        code, _, stderr = self.call(demo.report, result(True), {"error": "Traceback"})
+        self.assertEqual(code, 1)
+        self.assertIn("With the fork: Traceback", stderr)
+
+    def test_stock_fails(self):
+        code, _, stderr = self.call(demo.report, {"error": "Traceback"}, result(True))
+        self.assertEqual(code, 2)
+        self.assertIn("With stock Django: Traceback", stderr)
+
+    def test_table(self):
+        lines = list(demo.table(result(False, True), result(True, True), 100))
+        self.assertEqual(max(map(len, lines)), 100)
+        columns = [[cell.strip() for cell in line.split("|")] for line in lines]
+        self.assertIn(["Question 1?", "NO. Observed.", "Yes. Observed."], columns)
+
+
+class PythonTests(OutputMixin, unittest.TestCase):
+    def test_old_python_parses(self):
+        """An old Python gets as far as the message."""
+        for module in (demo, postgres):
+            with self.subTest(module=module.__name__):
+                source = pathlib.Path(module.__file__).read_text()
+                ast.parse(source, feature_version=(3, 8))
+
+    def test_new_enough(self):
+        with mock.patch("os.execv") as execv:
+            demo.ensure_python()
+        self.assertEqual(execv.mock_calls, [])
+
+    def test_continues_with_newer(self):
+        with (
+            mock.patch.object(sys, "version_info", (3, 11, 7)),
+            mock.patch("demo.find_python", return_value="/python3.13"),
+            mock.patch("os.execv") as execv,
+            # execv() does not return.
+            self.assertRaises(demo.DemoError),
+        ):
+            execv.side_effect = demo.DemoError
+            self.call(demo.ensure_python)
+        execv.assert_called_once_with("/python3.13", ["/python3.13", *sys.argv])
+
+    def test_too_old(self):
+        with (
+            mock.patch.object(sys, "version_info", (3, 11, 7)),
+            mock.patch("demo.find_python", return_value=None),
+        ):
+            code, _, stderr = self.call(demo.main, [])
+        self.assertEqual(code, 2)
+        self.assertIn("needs Python 3.12 or newer", stderr)
+        self.assertIn('run "python3.12 ', stderr)
+
+    def test_find_python(self):
+        """A pyenv shim whose version is not active is no Python."""
+        with tempfile.TemporaryDirectory() as name:
+            shim = pathlib.Path(name) / "python3.13"
+            shim.write_text("#!/bin/sh\nexit 127\n")
+            shim.chmod(0o755)
+            with mock.patch.dict(os.environ, PATH=name, PYENV_VERSION="3.11"):
+                self.assertIsNone(demo.find_python("python3.12"))
+                self.assertIsNone(demo.find_python("python3.13"))
+                shim.write_text("#!/bin/sh\necho /python$PYENV_VERSION\n")
+                self.assertEqual(demo.find_python("python3.13"), "/python")
+
+
+class PreparationTests(unittest.TestCase):
+    def test_stock_requirement(self):
+        """The fork's own version must not satisfy it."""
+        self.assertRegex(demo.stock_requirement(), r"^Django===\d+\.\d+(\.\d+)?$")
+
+    def test_failure(self):
+        code = "print('first'); print('no route'); raise SystemExit(1)"
+        with self.assertRaises(demo.DemoError) as cm:
+            demo.call([sys.executable, "-c", code], "Check the network.")
+        self.assertIn("    no route\n\nCheck the network.", str(cm.exception))
+
+    def test_no_network(self):
+        with mock.patch.dict(
+            os.environ,
+            PIP_INDEX_URL="http://127.0.0.1:9/simple",
+            PIP_RETRIES="0",
+            PIP_CONFIG_FILE=os.devnull,
+            PIP_FIND_LINKS="",
+        ):
+            with self.assertRaises(demo.DemoError) as cm:
+                demo.install(sys.executable, "--dry-run", "psycopg===0")
+        self.assertIn("check the network", str(cm.exception))
+
+
+class WorkerTests(unittest.TestCase):
+    def run_worker(self, code):
+        with tempfile.TemporaryDirectory() as name:
+            worker = pathlib.Path(name) / "worker.py"
+            worker.write_text(code)
+            with mock.patch("demo.WORKER", worker):
+                return demo.run_worker(sys.executable, "postgresql:///name")
+
+    def test_result(self):
+        code = "import json, os; print(json.dumps(os.environ['DATABASE_URL']))"
+        self.assertEqual(self.run_worker(code), "postgresql:///name")
+
+    def test_crash(self):
+        self.assertIn("ZeroDivisionError", self.run_worker("1 / 0")["error"])
+
+    def test_hangs(self):
+        with mock.patch("demo.WORKER_TIMEOUT", 0.5):
+            result = self.run_worker("import time; time.sleep(600)")
+        self.assertEqual(result, {"error": "no answer after 0.5 seconds"})
+
+    def test_no_server(self):
+        code = "import sys; print('Start it.', file=sys.stderr); sys.exit(2)"
+        with self.assertRaisesRegex(demo.DemoError, "Start it."):
+            self.run_worker(code)
+
+
+class CommandTests(unittest.TestCase):
+    def test_help(self):
+        result = subprocess.run(
+            [sys.executable, demo.__file__, "--help"],
+            capture_output=True,
+            encoding="utf-8",
+        )
+        self.assertEqual(result.returncode, 0)
+        self.assertEqual(result.stdout.strip(), demo.__doc__.strip())
+
+
+if __name__ == "__main__":
+    unittest.main()
