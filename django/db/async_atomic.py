@@ -15,17 +15,18 @@ nobody there to end what it began. If entering was cancelled, it's undone.
 import asyncio
 import logging
 from _thread import get_ident
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
 from copy import copy
 from functools import partial, wraps
-from inspect import iscoroutinefunction
+from inspect import isawaitable, iscoroutinefunction
 
 from asgiref.sync import AsyncToSync
 
-from django.db import belonging, connections, threads
-from django.db.async_calls import sync_to_async
+from django.db import belonging, connections, sharing, threads
 from django.db.utils import DEFAULT_DB_ALIAS, Error
+from django.utils.connection import ConnectionDoesNotExist
 
 logger = logging.getLogger("django.db.backends.base")
 
@@ -64,12 +65,15 @@ class AsyncAtomic:
         # that the same instance entered elsewhere.
         atomic = copy(self._atomic)
         alias = atomic.using or DEFAULT_DB_ALIAS
-        outer = belonging.open_block(alias)
-        if outer is None:
-            entry = _Transaction(atomic, alias)
-        else:
-            entry = _Nested(atomic, outer)
-        await entry.enter()
+        while True:
+            outer = belonging.open_block(alias)
+            if outer is None:
+                entry = _Transaction(atomic, alias)
+            else:
+                entry = _Nested(atomic, outer)
+            # While it waited, the block around it may have ended.
+            if await entry.enter():
+                break
         self._entries.push(entry)
 
     async def __aexit__(self, exc_type, exc_value, traceback):
@@ -84,20 +88,15 @@ class _Entry:
         self.executor = None
         self.hooks = []
         self.block = belonging.Block(
-            alias,
-            connection,
-            atomic,
-            task=asyncio.current_task(),
-            title=belonging.execution_name(),
+            alias, connection, atomic, strict=True, task=asyncio.current_task()
         )
 
     async def leave(self, exc_type, exc_value, traceback):
-        if self.block.ended:
-            belonging.restore(self.block)
-            if exc_type is None:
-                raise belonging.rolled_back(self.block)
+        if asyncio._get_running_loop() is None:
+            # A coroutine is destroyed whose loop was closed. Its thread ends
+            # the transaction.
             return
-        if exc_type is None:
+        if exc_type is None and not self.block.ended:
             try:
                 await self._wait_for_nested()
             except BaseException as exc:
@@ -107,20 +106,29 @@ class _Entry:
 
     async def _wait_for_nested(self):
         """Wait for blocks of tasks that were started inside to be left."""
-        connection = self.block.connection
+        block, connection = self.block, self.block.connection
+        turn = connection.turn
+        task = asyncio.current_task()
 
         def ready():
-            return self.block.ended or connection.blocks[-1] is self.block
+            return block.ended or connection.blocks[-1] is block
 
-        if not await connection.turn.comes(ready, belonging.TURN_TIMEOUT):
-            raise belonging.waited_in_vain(connection)
+        with suppress(IndexError):
+            nested = connection.blocks[-1]
+            if nested is not block and nested.task and nested.task() is task:
+                # It can't be left before this returns.
+                raise belonging.rolled_back(nested)
+        timeout = sharing.TURN_TIMEOUT
+        if turn is not None and not await turn.comes(ready, timeout):
+            raise belonging.waited_in_vain(connection, timeout)
 
-    async def _exit(self, *exc_info):
+    async def _exit(self, exc_type=None, exc_value=None, traceback=None):
+        func = partial(self._exit_atomic, exc_type, exc_value, traceback)
         try:
-            await self._run(partial(self._exit_atomic, *exc_info))
+            await self._run(func, urgent=exc_type is not None)
         finally:
             if self.block.ended:
-                belonging.restore(self.block)
+                belonging.end(self.block)
                 self._uninstall()
                 # Also if the task was cancelled during the COMMIT.
                 await self._run_hooks()
@@ -144,23 +152,39 @@ class _Entry:
         except asyncio.CancelledError as exc:
             if self.block.entered and not self.block.ended:
                 undo = partial(self._exit_atomic, type(exc), exc, None)
-                await run_to_the_end(self.executor, undo, self.block)
+                await run_to_the_end(self._executors(), undo, self.block)
             raise
 
-    async def _run(self, func):
-        result, cancelled = await run_to_the_end(self.executor, func, self.block)
+    def _executors(self):
+        """Give the executors for the block's own work."""
+        yield self.executor
+        # It may have been the thread of a function that returned since.
+        for block in belonging.chain(self.block):
+            if block.thread is not None and not block.ended:
+                yield block.thread
+        yield from threads.thread_sensitive_executors()
+
+    async def _run(self, func, urgent=False):
+        executors = self._executors()
+        result, cancelled = await run_to_the_end(executors, func, self.block, urgent)
         if cancelled is not None:
             raise cancelled
         return result
 
     async def _run_hooks(self):
         """Call what on_commit() registered, outside of the transaction."""
+        cancelled = None
         for _, func, robust in self.hooks:
-            await run_hook(
-                func,
-                robust,
-                "Error calling %s in on_commit() during transaction (%s).",
-            )
+            try:
+                await run_hook(
+                    func,
+                    robust,
+                    "Error calling %s in on_commit() during transaction (%s).",
+                )
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        if cancelled is not None:
+            raise cancelled
 
 
 class _Nested(_Entry):
@@ -168,22 +192,33 @@ class _Nested(_Entry):
 
     def __init__(self, atomic, outer):
         super().__init__(atomic, outer.alias, outer.connection)
+        self.outer = outer
 
     async def enter(self):
-        self.executor = threads.thread_sensitive_executor()
-        enter_in_turn = belonging.in_turn(self._enter_atomic)
-        deadline = asyncio.get_running_loop().time() + belonging.TURN_TIMEOUT
-        while True:
-            if not await belonging.its_turn(deadline):
-                raise belonging.waited_in_vain(self.block.connection)
-            entered, _ = await self._enter(enter_in_turn)
+        """Return whether the block was entered. If not, the outer one ended."""
+        if threads.is_available():
+            self.executor = next(threads.thread_sensitive_executors())
+        else:
+            # The outer block's thread runs this event loop.
+            self.executor = ThreadPoolExecutor(1)
+        enter_in_turn = sharing.in_turn(self._enter_atomic)
+        timeout = sharing.TURN_TIMEOUT
+        deadline = asyncio.get_running_loop().time() + timeout
+        while not self.outer.ended:
+            if not await sharing.its_turn(deadline):
+                raise belonging.waited_in_vain(self.block.connection, timeout)
+            _, entered = await self._enter(enter_in_turn)
             if entered:
-                break
-        belonging.begin(self.block)
+                belonging.begin(self.block)
+                return True
+        return False
 
     def _enter_atomic(self):
-        belonging.share(self.block.connection)
+        if self.outer.ended:
+            return False
+        sharing.share(self.block.connection)
         self.atomic.__enter__()
+        return True
 
 
 class _Transaction(_Entry):
@@ -191,67 +226,98 @@ class _Transaction(_Entry):
 
     def __init__(self, atomic, alias):
         super().__init__(atomic, alias, None)
+        # The connection that is lent to this transaction, if any.
+        self.lender = None
+        self.installed = None
 
     async def enter(self):
+        """Return True."""
         block = self.block
-        connection = connections.create_connection(block.alias)
-        if _is_shared(connection):
-            connection = await self._borrow()
-        else:
-            belonging.share(connection)
-            connection._thread_ident = None
-        block.connection = connection
+        if block.alias not in connections:
+            raise ConnectionDoesNotExist(
+                f"The connection '{block.alias}' doesn't exist."
+            )
+        block.connection = connection = connections.create_connection(block.alias)
+        sharing.share(connection)
+        connection._thread_ident = None
+        if _is_single(connection):
+            await self._borrow()
         block.thread = self.executor = threads.TransactionThread(
-            f"transaction of {block}", connections.close_all
+            f"transaction of {block}",
+            at_end=connections.close_all,
+            loop=asyncio.get_running_loop(),
+            deserted=self._desert,
         )
         try:
             await self._enter(self._enter_atomic)
         except BaseException:
             if not block.ended:
-                await run_to_the_end(self.executor, self._dispose, block)
+                executors = self._executors()
+                if not self.executor.is_running():
+                    # It couldn't be started.
+                    executors = threads.thread_sensitive_executors()
+                await run_to_the_end(executors, self._dispose, block)
             raise
         belonging.begin(block)
-        self.installed = threads.install()
+        self.installed = threads.install(block)
+        return True
 
     def _enter_atomic(self):
         self.atomic.__enter__()
 
     async def _borrow(self):
-        """Return the only connection to a database once no block uses it."""
-        executor = threads.thread_sensitive_executor()
+        """Wait for the only connection to the database to be lent."""
+        timeout = sharing.TURN_TIMEOUT
         while True:
-            (connection, turn), cancelled = await run_to_the_end(
-                executor, self._lend, None
+            (lender, turn), cancelled = await run_to_the_end(
+                threads.thread_sensitive_executors(), self._lend, None
             )
+            if turn is None:
+                self.lender = lender
             if cancelled is not None:
-                if turn is None:
-                    belonging.unshare(connection)
+                self._give_back()
                 raise cancelled
             if turn is None:
-                return connection
+                return
 
             def ready():
-                return connection.turn is not turn
+                return lender.turn is not turn
 
-            if not await turn.comes(ready, belonging.TURN_TIMEOUT):
-                raise belonging.waited_in_vain(connection)
+            if not await turn.comes(ready, timeout):
+                raise belonging.waited_in_vain(lender, timeout)
 
     def _lend(self):
         """
-        Return the thread's connection, and a turn if that has to end first.
+        Lend the thread's connection to the transaction. Return it, and a turn
+        if that has to end first.
 
         Since this runs in that thread, no statement is on its way.
         """
-        connection = connections[self.block.alias]
-        if connection.blocks:
-            belonging.share(connection)
-        if connection.turn is None:
-            belonging.share(connection, lent=True)
-            return connection, None
-        return connection, connection.turn
+        lender = connections[self.block.alias]
+        if lender.blocks:
+            sharing.share(lender)
+        if lender.turn is not None:
+            return lender, lender.turn
+        lender.ensure_connection()
+        sharing.share(lender, lent=True)
+        lender.blocks.append(self.block)
+        for name in LENT_ATTRIBUTES:
+            if name in vars(lender):
+                setattr(self.block.connection, name, getattr(lender, name))
+        return lender, None
+
+    def _give_back(self):
+        lender, borrower = self.lender, self.block.connection
+        if lender is None:
+            return
+        # If it was closed, it's closed for both.
+        lender.connection, borrower.connection = borrower.connection, None
+        lender.run_on_commit += borrower.run_on_commit
+        lender.blocks.clear()
+        sharing.unshare(lender)
 
     def _uninstall(self):
-        threads.uninstall(self.installed)
+        belonging.run_where_opened(self.block, threads.uninstall, self.installed)
 
     def _exit_atomic(self, *exc_info):
         try:
@@ -259,17 +325,26 @@ class _Transaction(_Entry):
         finally:
             self._dispose()
 
+    def _desert(self):
+        """Roll back after the event loop was closed with the block open."""
+        belonging.set_current(self.block)
+        with suppress(Exception):
+            self._exit_atomic(GeneratorExit, GeneratorExit(), None)
+
     def _dispose(self):
-        connection = self.block.connection
-        self.block.ended = True
-        lent = connection.lent_by is not None
-        belonging.unshare(connection)
-        if lent:
-            connection.run_on_commit = []
-        else:
-            belonging.retire(connection, self.block)
-            with suppress(Error):
-                connection.close()
+        block, connection = self.block, self.block.connection
+        block.ended = True
+        # A cursor of somebody else may still refer to the driver's connection,
+        # which a pool would hand on.
+        turn = connection.turn
+        discard = self.lender is None and turn is not None and len(turn.holders) > 1
+        self._give_back()
+        sharing.retire(connection, block)
+        with suppress(Error):
+            if discard and connection.connection is not None:
+                with connection.wrap_database_errors:
+                    connection.connection.close()
+            connection.close()
         self.executor.shutdown()
 
 
@@ -291,13 +366,13 @@ class ManualTransaction(_Transaction):
         await self._wait_for_nested()
         await self._exit()
 
-    def _exit_atomic(self, *exc_info):
+    def _exit_atomic(self, exc_type, exc_value, traceback):
         connection = self.block.connection
         # They are called in the task that ends the transaction.
         due = []
         connection.run_and_clear_commit_hooks = lambda: due.append(True)
         try:
-            if exc_info:
+            if exc_type is not None:
                 connection.rollback()
             # It fails in a transaction that has begun, which then goes on.
             connection.set_autocommit(True)
@@ -308,10 +383,24 @@ class ManualTransaction(_Transaction):
         self._dispose()
 
 
-def _is_shared(connection):
+# The state of a connection that stands for the session of the driver.
+LENT_ATTRIBUTES = [
+    "autocommit",
+    "close_at",
+    "connection",
+    "force_debug_cursor",
+    "health_check_done",
+    "health_check_enabled",
+    "isolation_level",
+    "queries_log",
+    "transaction_mode",
+]
+
+
+def _is_single(connection):
     """
-    Return whether a transaction can't have a connection of its own: because
-    the database has but one, or because what precedes it is to be committed
+    Return whether a transaction can't have a session of its own: because the
+    database has but one, or because what precedes it is to be committed
     together with it.
     """
     return not connection.settings_dict["AUTOCOMMIT"] or (
@@ -321,34 +410,46 @@ def _is_shared(connection):
 
 async def run_hook(func, robust, message):
     """Call a function or coroutine function given to on_commit()."""
+    if isinstance(func, AsyncToSync):
+        func = func.awaitable
     try:
-        if isinstance(func, AsyncToSync):
-            func = func.awaitable
-        if iscoroutinefunction(func):
+        if iscoroutinefunction(func) or iscoroutinefunction(
+            getattr(func, "__call__", None)
+        ):
             await func()
-        else:
-            await sync_to_async(func)()
+            return
+        # To its end, so that it isn't lost with a task that's cancelled.
+        result, cancelled = await run_to_the_end(
+            threads.thread_sensitive_executors(), func, belonging.current()
+        )
+        if isawaitable(result):
+            await result
     except Exception as exc:
         if not robust:
             raise
         name = getattr(func, "__qualname__", func)
         logger.exception(message, name, exc)
+    else:
+        if cancelled is not None:
+            raise cancelled
 
 
-async def run_to_the_end(executor, func, block):
+async def run_to_the_end(executors, func, block, urgent=False):
     """
-    Call `func` in the executor as code inside `block`. Return its result, and
-    the CancelledError that came meanwhile or None.
+    Call `func` in the first executor that takes it, as code inside `block`.
+    Return its result, and the CancelledError that came meanwhile or None.
     """
 
     def call():
         belonging.set_current(block)
         return func()
 
+    if urgent:
+        executors = map(_Urgent, executors)
     # A future rather than a task, which asyncio.run() would cancel on its way
     # out together with the caller.
     future = asyncio.wrap_future(
-        executor.submit(copy_context().run, belonging.for_task(call))
+        threads.submit(executors, copy_context().run, belonging.for_task(call))
     )
     cancelled = None
     while not future.done():
@@ -357,3 +458,8 @@ async def run_to_the_end(executor, func, block):
         except asyncio.CancelledError as exc:
             cancelled = exc
     return future.result(), cancelled
+
+
+class _Urgent:
+    def __init__(self, executor):
+        self.submit = getattr(executor, "submit_urgent", executor.submit)

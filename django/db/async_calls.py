@@ -12,7 +12,7 @@ from functools import partial, wraps
 
 from asgiref import sync
 
-from django.db import belonging
+from django.db import belonging, sharing, threads
 
 
 def sync_to_async(func):
@@ -20,6 +20,7 @@ def sync_to_async(func):
 
     @wraps(func)
     def inner(*args, **kwargs):
+        belonging.claim()
         if belonging.current() is None:
             return run_in_thread(*args, **kwargs)
         return _run_in_turn(partial(func, *args, **kwargs))
@@ -28,13 +29,18 @@ def sync_to_async(func):
 
 
 async def _run_in_turn(func):
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + belonging.TURN_TIMEOUT
-    attempt = sync.sync_to_async(belonging.for_task(belonging.in_turn(func)))
-    while await belonging.its_turn(deadline):
-        belonging.claim()
-        done, result = await attempt()
+    deadline = asyncio.get_running_loop().time() + sharing.TURN_TIMEOUT
+    while await sharing.its_turn(deadline):
+        done, result = await _run(sharing.in_turn(func))
         if done:
             return result
     # It may be for another database. If not, it's refused where it's known.
-    return await sync.sync_to_async(belonging.for_task(func))()
+    return await _run(func)
+
+
+async def _run(func):
+    belonging.claim()
+    # Inside a block, the connection is bound to no thread.
+    return await sync.sync_to_async(
+        belonging.for_task(func), thread_sensitive=threads.is_available()
+    )()

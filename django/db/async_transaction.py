@@ -11,7 +11,7 @@ aatomic() would have.
 
 from contextlib import asynccontextmanager
 
-from django.db import belonging, connections
+from django.db import belonging, connections, sharing
 from django.db.async_atomic import ManualTransaction, run_hook
 from django.db.async_calls import sync_to_async
 from django.db.utils import DEFAULT_DB_ALIAS
@@ -104,7 +104,7 @@ async def amark_for_rollback_on_error(using=None):
     except Exception as exc:
         connection = connections[using or DEFAULT_DB_ALIAS]
         if connection.in_atomic_block:
-            belonging.mark_for_rollback(connection, exc)
+            sharing.mark_for_rollback(connection, exc)
         raise
 
 

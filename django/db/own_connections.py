@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial, wraps
 from inspect import iscoroutinefunction
 
-from django.db import belonging, connections, threads
+from django.db import belonging, connections, sharing, threads
 from django.db.async_atomic import run_to_the_end
 from django.db.utils import Error, NotSupportedError
 
@@ -52,7 +52,7 @@ class NewConnection:
     def __exit__(self, exc_type, exc_value, traceback):
         for block in reversed(self._entries.pop()):
             _close(block)
-            belonging.restore(block)
+            belonging.end(block)
 
     async def __aenter__(self):
         self._begin(task=asyncio.current_task())
@@ -65,12 +65,11 @@ class NewConnection:
                     await _wait_for_nested(block)
                 except asyncio.CancelledError as exc:
                     cancelled = exc
-            executor = threads.thread_sensitive_executor()
             _, interrupted = await run_to_the_end(
-                executor, partial(_close, block), None
+                threads.thread_sensitive_executors(), partial(_close, block), None
             )
             cancelled = cancelled or interrupted
-            belonging.restore(block)
+            belonging.end(block)
         if cancelled is not None:
             raise cancelled
 
@@ -117,7 +116,7 @@ async def _wait_for_nested(block):
     """Wait for blocks of tasks that were started inside to be left."""
     connection = block.connection
     await connection.turn.comes(
-        lambda: connection.blocks[-1] is block, belonging.TURN_TIMEOUT
+        lambda: connection.blocks[-1] is block, sharing.TURN_TIMEOUT
     )
 
 
@@ -134,12 +133,9 @@ def _open(alias, task):
             f"new_connection() can't be used for the database '{alias}', because an "
             "in-memory SQLite database has but one connection."
         )
-    block = belonging.Block(
-        alias, connection, None, task=task, title=belonging.execution_name()
-    )
-    belonging.share(connection)
+    block = belonging.Block(alias, connection, None, strict=True, task=task)
+    sharing.share(connection)
     connection._thread_ident = None
-    block.strict = True
     block.entered = True
     connection.blocks.append(block)
     return block
@@ -147,7 +143,6 @@ def _open(alias, task):
 
 def _close(block):
     connection = block.connection
-    belonging.unshare(connection)
-    belonging.retire(connection, block)
+    sharing.retire(connection, block)
     with suppress(Error):
         connection.close()

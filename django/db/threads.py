@@ -10,94 +10,147 @@ thread-sensitive work started inside runs in its thread, one function after the
 other. Once the block has ended, such work goes where it would have gone
 without the block.
 
-A TransactionThread must not wait idly for something that depends on its own
-queue. A function which waits there for its turn on the connection (see
-django.db.belonging) runs what is queued in the meantime. While a function runs
-an event loop there, a second thread, the deputy, takes the work.
+A TransactionThread must not wait idly for what depends on its own queue. A
+function that waits there for its turn on the connection (see
+django.db.sharing) runs what is queued in the meantime. While a function waits
+for an event loop, in async_to_sync() or since it runs one, another thread
+takes the work.
 """
 
 import asyncio
 import threading
 from collections import deque
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
-from asgiref.sync import (
-    AsyncToSync,
-    SyncToAsync,
-    ThreadPoolExecutor,
-    ThreadSensitiveContext,
-)
+from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 
 from django.db import belonging
+from django.db.utils import OperationalError
+
+# Functions in which a thread waits for an event loop.
+_WAITING_CODE = belonging.LOOP_CODE | {AsyncToSync.__call__.__code__}
+
+# Seconds after which to look whether a thread gets to its work.
+RELIEF_INTERVAL = 0.05
+
+# Seconds after which an idle thread looks whether its loop is still open.
+LOOP_INTERVAL = 1
 
 
 class TransactionThread(Executor):
     """
-    An executor with a thread that starts with its first function and ends with
-    shutdown(), after calling `at_end`.
+    A thread that starts with its first function and ends with shutdown().
+
+    Each thread it consists of calls `at_end()` at its end. If `loop` is closed
+    before shutdown() is called, nobody is left to do that: `deserted()` is
+    called in the thread.
     """
 
-    def __init__(self, name, at_end):
+    def __init__(self, name, at_end, loop, deserted):
         self.name = name
         self._at_end = at_end
+        self._loop = loop
+        self._deserted = deserted
         self._work = deque()
         # Guards all of this, and is notified of new work.
         self._changed = threading.Condition()
-        self._thread = None
-        self._deputy = None
         self._open = True
-        self._busy = False
+        self._count = 0
+        self._idle = 0
+        # The idents of the threads that are running a function.
+        self._busy = set()
 
     def submit(self, fn, /, *args, **kwargs):
+        return self._submit(partial(fn, *args, **kwargs))
+
+    def submit_urgent(self, fn, /, *args, **kwargs):
+        """Wait neither for what's queued nor for what's running."""
+        return self._submit(partial(fn, *args, **kwargs), urgent=True)
+
+    def _submit(self, func, urgent=False):
+        future = Future()
+        work = partial(_complete, future, func)
         with self._changed:
             if not self._open:
                 raise RuntimeError("The transaction has ended.")
-            if self._thread is None:
-                # A daemon, so that a block which is never left doesn't keep
-                # the interpreter from exiting.
-                self._thread = threading.Thread(
-                    target=self._run, name=self.name, daemon=True
-                )
-                self._thread.start()
-            elif self._busy and belonging.runs_loop(self._thread.ident):
-                if self._deputy is None:
-                    self._deputy = TransactionThread(
-                        f"{self.name}, deputy", self._at_end
-                    )
-                return self._deputy.submit(fn, *args, **kwargs)
-            future = Future()
-            self._work.append(partial(_complete, future, partial(fn, *args, **kwargs)))
+            if not self._count or (urgent and not self._idle):
+                self._start()
+            if urgent:
+                self._work.appendleft(work)
+            else:
+                self._work.append(work)
             self._changed.notify()
-            return future
+        if not urgent:
+            self._relieve()
+        return future
+
+    def _start(self):
+        # A daemon, so that a block which is never left doesn't keep the
+        # interpreter from exiting.
+        thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            raise OperationalError(
+                f"No thread could be started for the {self.name}: {exc}."
+            ) from exc
+        self._count += 1
+
+    def _relieve(self):
+        """Start another thread if those there are can't get to the work."""
+        with self._changed:
+            if not self._work or not self._busy or self._idle:
+                return
+            if all(belonging.is_running(ident, _WAITING_CODE) for ident in self._busy):
+                self._start()
+                return
+        # It may begin to wait at any time.
+        asyncio.get_running_loop().call_later(RELIEF_INTERVAL, self._relieve)
+
+    def is_running(self):
+        return bool(self._count)
 
     def shutdown(self, wait=False, *, cancel_futures=False):
         """End the thread after the functions that are queued."""
         with self._changed:
             self._open = False
-            self._changed.notify()
-            if self._deputy is not None:
-                self._deputy.shutdown()
+            self._changed.notify_all()
 
     def _run(self):
         belonging.working.waiter_class = partial(_Waiter, self)
-        while (work := self._next()) is not None:
+        ident = threading.get_ident()
+        while (work := self._next(ident)) is not None:
             work()
             # Don't keep its result alive until there's more work.
             del work
         self._at_end()
 
-    def _next(self):
+    def _next(self, ident):
         """Return what to do next, or None at the end."""
         with self._changed:
-            self._busy = False
-            while self._open and not self._work:
-                self._changed.wait()
-            if not self._work:
-                return None
-            self._busy = True
+            self._busy.discard(ident)
+            while not self._work:
+                if not self._open or self._count > 1:
+                    self._count -= 1
+                    return None
+                if self.wait(LOOP_INTERVAL) or not self._loop.is_closed():
+                    continue
+                self._open = False
+                return self._deserted
+            self._busy.add(ident)
             return self._work.popleft()
+
+    def wait(self, timeout, granted=lambda: False):
+        """Wait for work. The caller holds the condition."""
+        self._idle += 1
+        try:
+            return self._changed.wait_for(
+                lambda: self._work or granted() or not self._open, timeout
+            )
+        finally:
+            self._idle -= 1
 
 
 def _complete(future, func):
@@ -119,26 +172,26 @@ class _Waiter:
     """
 
     def __init__(self, thread):
-        self._work = thread._work
-        self._changed = thread._changed
+        self._thread = thread
         self._idle = False
         self._granted = False
 
     def grant(self):
-        with self._changed:
+        with self._thread._changed:
             self._granted = self._idle
-            self._changed.notify()
+            self._thread._changed.notify_all()
             return self._granted
 
     def wait(self, timeout):
-        with self._changed:
-            if not self._work:
+        thread = self._thread
+        with thread._changed:
+            if not thread._work:
                 self._idle = True
-                self._changed.wait_for(lambda: self._granted or self._work, timeout)
+                thread.wait(timeout, lambda: self._granted)
                 self._idle = False
-            if self._granted or not self._work:
+            if self._granted or not thread._work:
                 return
-            work = self._work.popleft()
+            work = thread._work.popleft()
         # asgiref keeps the caller's loop and task in there.
         caller = dict(vars(SyncToAsync.threadlocal))
         work()
@@ -149,12 +202,12 @@ class _TransactionContext(ThreadSensitiveContext):
     """
     What asgiref finds in the context of code inside an outermost aatomic().
 
-    It's never entered or left by itself. It must not refer to its executor,
-    which asgiref keeps as long as this object.
+    It's never entered or left by itself.
     """
 
-    def __init__(self):
-        pass
+    def __init__(self, block, route):
+        self.block = block
+        self.route = route
 
     @property
     def _exited(self):
@@ -168,23 +221,30 @@ class _Route(Executor):
 
     def __init__(self, executor, context):
         # What asgiref would have used outside of the block.
-        self._executor = executor
-        self._context = context
+        self.executor = executor
+        self.context = context
 
     def submit(self, fn, /, *args, **kwargs):
-        fn = belonging.for_task(fn)
-        for executor in self._executors():
-            # One that has ended raises RuntimeError, as does one that waits
-            # in the current thread.
-            with suppress(RuntimeError):
-                return executor.submit(fn, *args, **kwargs)
-        raise RuntimeError("No thread is left for thread-sensitive functions.")
+        return submit(self.executors(), belonging.for_task(fn), *args, **kwargs)
 
-    def _executors(self):
+    def executors(self):
         for block in belonging.chain(belonging.current()):
             if block.thread is not None and not block.ended:
                 yield block.thread
-        yield from _thread_sensitive_executors(self._executor, self._context)
+        yield from _thread_sensitive_executors(self.executor, self.context)
+
+
+def submit(executors, fn, /, *args, **kwargs):
+    """
+    Submit to the first executor that takes it. One that has ended raises
+    RuntimeError, as does one that waits in the current thread.
+    """
+    for executor in executors:
+        try:
+            return executor.submit(fn, *args, **kwargs)
+        except RuntimeError as exc:
+            refusal = exc
+    raise refusal
 
 
 def _thread_sensitive_executors(executor, context):
@@ -195,34 +255,50 @@ def _thread_sensitive_executors(executor, context):
         executors = SyncToAsync.context_to_thread_executor
         if context not in executors:
             executors[context] = ThreadPoolExecutor(max_workers=1)
-        yield executors[context]
+        if isinstance(context, _TransactionContext):
+            yield from context.route.executors()
+        else:
+            yield executors[context]
     loop = asyncio.get_running_loop()
     if loop in AsyncToSync.loop_thread_executors:
         yield AsyncToSync.loop_thread_executors[loop]
     yield SyncToAsync.single_thread_executor
 
 
-def thread_sensitive_executor():
+def thread_sensitive_executors():
     """
-    Return the executor that sync_to_async() would use for thread-sensitive
-    functions here.
+    Give the executors that sync_to_async() would use for thread-sensitive
+    functions here, the first that takes them.
     """
-    executors = _thread_sensitive_executors(
+    return _thread_sensitive_executors(
         getattr(AsyncToSync.executors, "current", None),
         SyncToAsync.thread_sensitive_context.get(None),
     )
-    return next(executors)
 
 
-def install():
+def is_available():
+    """
+    Return whether the thread for thread-sensitive functions isn't the very
+    thread that waits for them, since it runs the current event loop.
+    """
+    executor = next(thread_sensitive_executors())
+    threads = getattr(executor, "_threads", ())
+    return threading.current_thread() not in threads
+
+
+def install(block):
     """
     Send thread-sensitive work of code that inherits the current context to the
     transaction it's in. Return what uninstall() needs.
     """
     executor = getattr(AsyncToSync.executors, "current", None)
     outer = SyncToAsync.thread_sensitive_context.get(None)
-    context = _TransactionContext()
-    SyncToAsync.context_to_thread_executor[context] = _Route(executor, outer)
+    while isinstance(outer, _TransactionContext) and outer.block.ended:
+        executor = executor or outer.route.executor
+        outer = outer.route.context
+    route = _Route(executor, outer)
+    context = _TransactionContext(block, route)
+    SyncToAsync.context_to_thread_executor[context] = route
     token = SyncToAsync.thread_sensitive_context.set(context)
     # It has priority over the context.
     AsyncToSync.executors.current = None
@@ -234,9 +310,7 @@ def uninstall(installed):
     context, token, executor = installed
     if SyncToAsync.thread_sensitive_context.get(None) is not context:
         return
-    try:
+    # In another context it's left there, and passes all work on.
+    with suppress(ValueError):
         SyncToAsync.thread_sensitive_context.reset(token)
-    except ValueError:
-        # A copy of the context. What's left there passes all work on.
-        return
-    AsyncToSync.executors.current = executor
+        AsyncToSync.executors.current = executor

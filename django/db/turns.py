@@ -46,6 +46,8 @@ class Turn:
         self._depth = 0
         # In the order of their arrival.
         self._requests = []
+        # Everybody who ever held it, for the use of the caller.
+        self.holders = set()
 
     @property
     def depth(self):
@@ -69,12 +71,16 @@ class Turn:
                 request = _Request(ready, holder, waiter_class())
                 self._requests.append(request)
             remaining = deadline - time.monotonic()
-            if remaining > 0:
-                request.waiter.wait(remaining)
-            with self._lock:
-                if request not in self._requests:
-                    return True
-                self._requests.remove(request)
+            try:
+                if remaining > 0:
+                    request.waiter.wait(remaining)
+            except BaseException:
+                # Nobody is there any more to give it back.
+                if not self._withdraw(request):
+                    self.give()
+                raise
+            if not self._withdraw(request):
+                return True
             if remaining <= 0:
                 return False
 
@@ -108,10 +114,16 @@ class Turn:
         except TimeoutError:
             return False
         finally:
-            with self._lock:
-                if request in self._requests:
-                    self._requests.remove(request)
+            self._withdraw(request)
         return True
+
+    def _withdraw(self, request):
+        """Return whether a request hadn't been served."""
+        with self._lock:
+            waits = request in self._requests
+            if waits:
+                self._requests.remove(request)
+            return waits
 
     def _serve(self):
         for request in self._requests.copy():

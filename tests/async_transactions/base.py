@@ -2,7 +2,7 @@ import asyncio
 import threading
 import time
 
-from django.db import belonging, connection
+from django.db import connection, sharing
 from django.test import TransactionTestCase
 
 from .models import Entry
@@ -69,9 +69,9 @@ class AsyncTransactionTestCase(TransactionTestCase):
     available_apps = ["async_transactions"]
 
     def setUp(self):
-        timeout = belonging.TURN_TIMEOUT
-        self.addCleanup(setattr, belonging, "TURN_TIMEOUT", timeout)
-        belonging.TURN_TIMEOUT = 10
+        timeout = sharing.TURN_TIMEOUT
+        self.addCleanup(setattr, sharing, "TURN_TIMEOUT", timeout)
+        sharing.TURN_TIMEOUT = 10
         self.addCleanup(self.check_nothing_is_left)
 
     def check_nothing_is_left(self):

@@ -7,7 +7,7 @@ import contextvars
 
 from asgiref.sync import async_to_sync, sync_to_async
 
-from django.db import connection, transaction
+from django.db import connection, connections, transaction
 from django.db.transaction import TransactionManagementError
 
 from .base import (
@@ -21,7 +21,7 @@ from .base import (
 )
 from .models import Entry
 
-OUTLIVED = "can't use the database 'default' any more, because the aatomic() block"
+OUTLIVED = "can't use the database 'default' any more, because the block that it was"
 
 
 class OutlivingTests(AsyncTransactionTestCase):
@@ -51,7 +51,6 @@ class OutlivingTests(AsyncTransactionTestCase):
                 "late"
             ),
             "to_thread": lambda: asyncio.to_thread(create_and_close, "late"),
-            "atomic": lambda: sync_to_async(transaction.atomic().__enter__)(),
             "on_commit": sync_to_async(lambda: transaction.on_commit(print)),
         }
         for name, use in uses.items():
@@ -64,7 +63,7 @@ class OutlivingTests(AsyncTransactionTestCase):
         opener = asyncio.current_task().get_name()
         msg = (
             "task 'the late task' can't use the database 'default' any more, because "
-            "the aatomic() block that it was started in, opened by task "
+            "the block that it was started in, opened by task "
             f"'{opener}', has ended. Await it inside the block, leave what has to "
             "follow the commit to on_commit(), or open a block of its own or "
             "new_connection()."
@@ -81,6 +80,23 @@ class OutlivingTests(AsyncTransactionTestCase):
             return "done"
 
         self.assertEqual(await self.outlive(use), "done")
+        await self.assertAsyncNames("own block")
+
+    async def test_a_sync_block_of_its_own(self):
+        def use():
+            with transaction.atomic():
+                create("own block")
+            try:
+                with transaction.atomic():
+                    create("rolled back")
+                    raise Rollback
+            except Rollback:
+                pass
+            with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+                create("late")
+            connections.close_all()
+
+        await self.outlive(lambda: asyncio.to_thread(use))
         await self.assertAsyncNames("own block")
 
     async def test_outliving_a_nested_block(self):
@@ -101,15 +117,18 @@ class OutlivingTests(AsyncTransactionTestCase):
         await self.assertAsyncNames("usable")
 
     async def test_a_sibling_that_goes_on_after_a_failure(self):
+        wrote = asyncio.Event()
         failed = asyncio.Event()
         outcome = asyncio.get_running_loop().create_future()
 
         async def fails():
+            await until(wrote)
             await Entry.objects.acreate(name="fails")
             raise Rollback
 
         async def goes_on():
             await Entry.objects.acreate(name="before")
+            wrote.set()
             await until(failed)
             try:
                 await Entry.objects.acreate(name="after")
@@ -120,7 +139,8 @@ class OutlivingTests(AsyncTransactionTestCase):
             async with transaction.aatomic():
                 await asyncio.gather(fails(), goes_on())
         failed.set()
-        self.assertIsInstance(await outcome, TransactionManagementError)
+        exception = await asyncio.wait_for(outcome, 10)
+        self.assertIsInstance(exception, TransactionManagementError)
         await self.assertAsyncNames()
 
     async def test_a_sibling_that_is_writing(self):

@@ -99,7 +99,7 @@ class DecisionTableTests(SimpleTestCase):
         for same_thread in (True, False):
             for moved in (True, False):
                 self.assertDecision(
-                    belonging.OUTER,
+                    belonging.SKIP,
                     strict=False,
                     ended=True,
                     same_thread=same_thread,

@@ -1,7 +1,6 @@
 import asyncio
 import threading
 import time
-from unittest import IsolatedAsyncioTestCase
 
 from django.db.turns import Turn
 from django.test import SimpleTestCase
@@ -134,7 +133,7 @@ class TurnTests(SimpleTestCase):
         self.assertEqual(len(offers), 1)
 
 
-class AsyncTurnTests(IsolatedAsyncioTestCase):
+class AsyncTurnTests(SimpleTestCase):
     def setUp(self):
         self.turn = Turn()
 

@@ -1,0 +1,473 @@
+"""
+How executions inside the same blocks share one connection.
+
+A connection keeps its open blocks in a stack, connection.blocks. As soon as a
+second execution could use it, it also gets a Turn, connection.turn. From then
+on every execute(), executemany() and fetch, every entry into a block and every
+exit from one holds the turn. The execution has to be inside the block on top
+of the stack for that (see django.db.belonging):
+
+================================================== ===========================
+the top of the stack                               the execution
+================================================== ===========================
+is its block, and nobody has the turn              runs
+is its block, and somebody has the turn            waits
+is nested in its block, entered in another thread  waits
+is nested in its block, entered in this thread     waits, and meanwhile runs
+                                                   what is queued, if it's in
+                                                   a TransactionThread;
+                                                   else is refused
+================================================== ===========================
+
+A wait ends after TURN_TIMEOUT seconds, in TransactionManagementError. None
+happens on an event loop's thread: there, its_turn() is awaited before a
+thread is asked to run synchronous code.
+
+A connection made for a block is bound to no thread, and retired at the end. A
+database with a single connection, an in-memory SQLite database, lends it to a
+transaction: its thread's other work waits until the stack is empty.
+"""
+
+import _thread
+import asyncio
+import threading
+import weakref
+from contextlib import contextmanager, suppress
+from functools import wraps
+
+from django.db import belonging
+from django.db.turns import ThreadWaiter, Turn
+
+# Seconds after which waiting for a turn is given up as a deadlock.
+TURN_TIMEOUT = 30
+
+_sharing = threading.Lock()
+
+
+def connection_for(alias):
+    """
+    Return the connection of the block that the current execution joins, or
+    None if it uses its own.
+
+    Raise TransactionManagementError if it outlived the block.
+    """
+    here = _thread.get_ident()
+    block = belonging.inherited.get().data
+    if (
+        block.thread_ident == here
+        and block.alias == alias
+        and not (block.strict or block.ended)
+        and block.connection._thread_ident == here
+        and asyncio._get_running_loop() is None
+    ):
+        # What's usual in synchronous code, and would be found below.
+        return None
+    block = belonging.block_for(alias)
+    if block is None:
+        return None
+    connection = block.connection
+    if connection._thread_ident == here and asyncio._get_running_loop() is None:
+        # It's the thread's own, unless another one was assigned there.
+        return None
+    if connection.turn is None and block.thread_ident != here and not block.ended:
+        share(connection)
+    return connection
+
+
+def admits(connection):
+    """
+    Return whether the current execution may use a connection that isn't bound
+    to its thread. Wait for its turn to do so.
+
+    Raise TransactionManagementError as taking_turn() does.
+    """
+    if connection.turn is None:
+        return belonging.joined(connection) is not None
+    with taking_turn(connection):
+        return True
+
+
+def share(connection, lent=False):
+    """Let executions take turns on `connection`."""
+    with _sharing:
+        if connection.turn is None:
+            connection.turn = Turn()
+            connection.execute_wrappers.insert(0, _statement)
+        if lent:
+            # Bound to no thread, so that its own one is checked as well.
+            connection.lent_by = connection._thread_ident
+            connection._thread_ident = None
+
+
+def unshare(connection):
+    """Undo share(). Blocks that are still open end."""
+    with _sharing:
+        while connection.blocks:
+            connection.blocks.pop().ended = True
+        turn, connection.turn = connection.turn, None
+        with suppress(ValueError):
+            connection.execute_wrappers.remove(_statement)
+        if connection.lent_by is not None:
+            connection._thread_ident = connection.lent_by
+            connection.lent_by = None
+    if turn is not None:
+        turn.changed()
+
+
+def retire(connection, block):
+    """
+    Refuse what a connection made for `block`, which has ended, is still asked
+    for. Bind it to the current thread, which may close it.
+    """
+
+    def refuse(*args):
+        raise belonging.outlived(block)
+
+    unshare(connection)
+    connection.connect = refuse
+    connection.execute_wrappers = [refuse]
+    connection._thread_ident = _thread.get_ident()
+
+
+# ##### Turns #####
+
+
+@contextmanager
+def taking_turn(connection, leaving=False):
+    """
+    Hold the turn on a shared connection, after waiting for it in this thread.
+    To be `leaving` a block, it needn't be on top of the stack.
+
+    Raise TransactionManagementError if the execution outlived its block, if
+    it's foreign to the transaction that the connection was made for, if the
+    turn didn't come, or if waiting for it would occupy the thread that has to
+    run the nested block.
+    """
+    turn = connection.turn
+    block = belonging.joined(connection)
+    if turn is None:
+        # The blocks have just ended.
+        yield
+        return
+    if block is None and connection.blocks and connection.lent_by is None:
+        if connection._thread_ident is None:
+            raise belonging.foreign(connection)
+        # Threads that share a connection by other means stay unprotected.
+        block = connection.blocks[-1]
+    here = _thread.get_ident()
+    waiter_class = getattr(belonging.working, "waiter_class", ThreadWaiter)
+
+    def occupies(top):
+        return (
+            waiter_class is ThreadWaiter
+            and top is not None
+            and top.thread_ident == here
+        )
+
+    def ready():
+        top = _top(connection)
+        ended = block is not None and block.ended
+        return top is block or leaving or ended or occupies(top)
+
+    if not turn.take(here, ready, TURN_TIMEOUT, waiter_class):
+        raise belonging.waited_in_vain(connection, TURN_TIMEOUT)
+    try:
+        if block is not None and block.ended:
+            raise belonging.outlived(block)
+        if turn.depth == 1 and not leaving and _top(connection) is not block:
+            raise belonging.waits_for_itself(connection)
+        turn.holders.add(here)
+        yield
+    finally:
+        turn.give()
+
+
+def _top(connection):
+    try:
+        return connection.blocks[-1]
+    except IndexError:
+        return None
+
+
+def _statement(execute, sql, params, many, context):
+    """Execute in turn. This is what share() adds to the execute wrappers."""
+    connection, cursor = context["connection"], context["cursor"]
+    with taking_turn(connection):
+        result = execute(sql, params, many, context)
+        if connection.turn is None:
+            return result
+        for name in ("fetchone", "fetchmany", "fetchall"):
+            if name not in vars(cursor):
+                setattr(cursor, name, _in_turn(connection, getattr(cursor, name)))
+        if connection.vendor == "sqlite" and _is_in_progress(cursor, sql):
+            _keep_turn(connection.turn, cursor)
+        return result
+
+
+def _in_turn(connection, fetch):
+    def inner(*args, **kwargs):
+        with taking_turn(connection):
+            return fetch(*args, **kwargs)
+
+    return inner
+
+
+def _is_in_progress(cursor, sql):
+    """
+    Return whether a statement may go on writing while its rows are fetched. On
+    SQLite, no other can begin or release a savepoint meanwhile.
+    """
+    verb = sql.lstrip()[:6].upper()
+    return cursor.cursor.description and verb not in ("SELECT", "PRAGMA", "EXPLAI")
+
+
+def _keep_turn(turn, cursor):
+    """Hold the turn, which has been taken, until `cursor` is closed."""
+    if "close" in vars(cursor):
+        # It still holds the turn for an earlier statement, or is closed.
+        return
+    turn.take(_thread.get_ident(), lambda: True, 0)
+    give = weakref.finalize(cursor, turn.give)
+    give.atexit = False
+    close = cursor.cursor.close
+
+    def close_and_give():
+        close()
+        give()
+
+    cursor.close = close_and_give
+
+
+def _out_of_turn():
+    """
+    Return a block that the current execution is inside of, while another one
+    nested in it is open, or None.
+    """
+    seen = set()
+    for block in belonging.chain(belonging.current()):
+        if not block.entered or block.connection in seen:
+            continue
+        seen.add(block.connection)
+        if block.connection.turn and not block.ended:
+            if _top(block.connection) is not block:
+                return block
+    return None
+
+
+async def its_turn(deadline):
+    """
+    Wait on the event loop until no block nested in those that the current
+    task is inside of is open, or until `deadline`, on the loop's clock. Return
+    whether that's so.
+    """
+    loop = asyncio.get_running_loop()
+    while (block := _out_of_turn()) is not None:
+        turn = block.connection.turn
+
+        def ready():
+            return block.ended or _top(block.connection) is block
+
+        if turn and not await turn.comes(ready, deadline - loop.time()):
+            return False
+    return True
+
+
+def in_turn(func):
+    """
+    Return a function for a thread to call: it returns `(True, func())`, or
+    `(False, None)` if another block was entered since its_turn() was awaited.
+    """
+
+    def inner():
+        if _out_of_turn() is not None:
+            return False, None
+        return True, func()
+
+    return inner
+
+
+# ##### Entering and leaving #####
+
+
+def opens_block(get_connection):
+    """Decorate Atomic.__enter__()."""
+
+    def decorator(enter):
+        @wraps(enter)
+        def __enter__(self):
+            outlived = _step_out()
+            try:
+                connection = get_connection(self.using)
+                if connection.turn is None:
+                    enter(self)
+                    _push(connection, self)
+                else:
+                    with taking_turn(connection):
+                        enter(self)
+                        _push(connection, self)
+            except BaseException:
+                if outlived is not None:
+                    belonging.inherited.set(outlived)
+                raise
+            if outlived is not None:
+                belonging.current().outer = outlived
+
+        return __enter__
+
+    return decorator
+
+
+def _step_out():
+    """
+    Let an execution that outlived its block open one of its own, on the
+    connection of its thread. Return what restore() needs then.
+    """
+    block = belonging.current()
+    if block is None or not all(b.ended and b.strict for b in belonging.chain(block)):
+        return None
+    outlived = belonging.inherited.get(None)
+    belonging.inherited.set(None)
+    return outlived
+
+
+def _push(connection, atomic):
+    block = belonging.current()
+    # An aatomic() has made its block before it got to a thread.
+    if block is None or block.entered or block.atomic is not atomic:
+        block = belonging.Block(connection.alias, connection, atomic)
+        belonging.set_current(block)
+    block.thread_ident = _thread.get_ident()
+    block.depth = len(connection.savepoint_ids)
+    block.entered = True
+    connection.blocks.append(block)
+
+
+def closes_block(get_connection):
+    """Decorate Atomic.__exit__()."""
+
+    def decorator(exit):
+        @wraps(exit)
+        def __exit__(self, exc_type, exc_value, traceback):
+            block = belonging.current()
+            if block is None or block.atomic is not self:
+                # Left in another context than it was entered in.
+                block = None
+            elif block.abandoned:
+                belonging.restore(block)
+                if exc_type is None:
+                    raise belonging.rolled_back(block)
+                return
+            connection = get_connection(self.using)
+            if connection.turn is None:
+                try:
+                    exit(self, exc_type, exc_value, traceback)
+                finally:
+                    _pop(connection)
+                return
+            hooks_due = []
+            with taking_turn(connection, leaving=True):
+                _abandon_nested(connection, block, exit)
+                # Functions given to on_commit() may need other threads, which
+                # need the turn. So they're called after it was given back.
+                connection.run_and_clear_commit_hooks = lambda: hooks_due.append(True)
+                try:
+                    exit(self, exc_type, exc_value, traceback)
+                finally:
+                    del connection.run_and_clear_commit_hooks
+                    _pop(connection)
+            if hooks_due and block is not None and block.task is not None:
+                # By aatomic(), in the task that leaves the block.
+                block.hooks_due = True
+            elif hooks_due:
+                connection.run_and_clear_commit_hooks()
+
+        return __exit__
+
+    return decorator
+
+
+def _abandon_nested(connection, block, exit):
+    """
+    Roll back the blocks which are still open inside `block`: what they did so
+    far must not be committed without the rest.
+    """
+    if block not in connection.blocks:
+        return
+    while (nested := connection.blocks[-1]) is not block:
+        nested.ended = nested.abandoned = True
+        exit(nested.atomic, Exception, None, None)
+        connection.blocks.pop()
+
+
+def _pop(connection):
+    if not connection.blocks:
+        # The connection was made anew inside the block.
+        return
+    # Blocks left out of order take each other's place, as savepoints do.
+    block = connection.blocks.pop()
+    block.ended = True
+    belonging.restore(block)
+    if connection.turn is None:
+        return
+    if (top := _top(connection)) is not None and top.failure is not None:
+        connection.needs_rollback = True
+        connection.rollback_exc = top.failure
+    if connection.blocks or connection._thread_ident is None:
+        connection.turn.changed()
+    else:
+        unshare(connection)
+
+
+def forget_blocks(connection):
+    """
+    Drop the blocks that a connection was closed in, when it's opened. Strict
+    ones are left by whoever has entered them.
+    """
+    while connection.blocks and not connection.blocks[-1].strict:
+        connection.blocks.pop().ended = True
+
+
+def mark_for_rollback(connection, exc):
+    """
+    Mark the innermost block that the current execution is inside of for
+    rollback, because of an exception in it.
+    """
+    if getattr(exc, "was_refused", False):
+        return
+    block = _lower_block(connection)
+    if block is None:
+        connection.needs_rollback = True
+        connection.rollback_exc = exc
+    else:
+        # The mark on the connection is for the nested block.
+        block.failure = exc
+
+
+def _lower_block(connection):
+    """
+    Return the block that the current execution is inside of, if one nested in
+    it, opened by somebody else, is open.
+    """
+    block = None if connection.turn is None else belonging.joined(connection)
+    return None if block is _top(connection) else block
+
+
+def get_rollback(connection):
+    block = _lower_block(connection)
+    return connection.needs_rollback if block is None else block.failure is not None
+
+
+def set_rollback(connection, rollback):
+    block = _lower_block(connection)
+    if block is None:
+        connection.needs_rollback = rollback
+    else:
+        block.failure = Exception("set_rollback(True)") if rollback else None
+
+
+def savepoint_ids(connection):
+    """
+    Return the set of the savepoints which the current execution is inside of.
+    """
+    block = None if connection.turn is None else belonging.joined(connection)
+    return set(connection.savepoint_ids[: block and block.depth])

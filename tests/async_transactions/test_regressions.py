@@ -1,0 +1,582 @@
+"""
+What was found by trying to break the promises.
+"""
+
+import asyncio
+import contextvars
+import gc
+import threading
+import time
+from unittest import mock
+
+from asgiref.sync import async_to_sync, sync_to_async
+
+from django.db import (
+    OperationalError,
+    belonging,
+    connection,
+    connections,
+    sharing,
+    transaction,
+)
+from django.db.transaction import TransactionManagementError
+from django.dispatch import Signal
+from django.utils.connection import ConnectionDoesNotExist
+
+from .base import (
+    AsyncTransactionTestCase,
+    Rollback,
+    create,
+    create_and_close,
+    is_in_memory,
+    names,
+    transaction_threads,
+    until,
+    wait_until,
+)
+from .models import Entry
+
+
+class SharedContextTests(AsyncTransactionTestCase):
+    """Promises 1 and 5, in receivers of asend()."""
+
+    async def receive(self, use):
+        """Call `use` in a receiver while another one is in a block."""
+        if connection.vendor == "sqlite":
+            self.skipTest("A transaction keeps others from writing.")
+        signal = Signal()
+        inside = asyncio.Event()
+        used = asyncio.Event()
+
+        async def rolls_back(**kwargs):
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="b1")
+                inside.set()
+                await until(used)
+                await Entry.objects.acreate(name="b2")
+                raise Rollback
+
+        async def foreign(**kwargs):
+            await until(inside)
+            try:
+                await use()
+            finally:
+                used.set()
+
+        signal.connect(foreign)
+        signal.connect(rolls_back)
+        results = dict(await signal.asend_robust(self))
+        self.assertIsInstance(results[rolls_back], Rollback)
+        self.assertIsNone(results[foreign])
+        await self.assertAsyncNames("a")
+
+    async def test_orm(self):
+        await self.receive(lambda: Entry.objects.acreate(name="a"))
+
+    async def test_sync_to_async(self):
+        await self.receive(lambda: sync_to_async(create)("a"))
+
+    async def test_insensitive(self):
+        function = sync_to_async(create_and_close, thread_sensitive=False)
+        await self.receive(lambda: function("a"))
+
+    async def test_to_thread(self):
+        await self.receive(lambda: asyncio.to_thread(create_and_close, "a"))
+
+    async def test_tasks_of_a_receiver(self):
+        async def use():
+            await asyncio.gather(Entry.objects.acreate(name="a"))
+
+        await self.receive(use)
+
+    async def test_exception_thrown_into_a_receiver(self):
+        signal = Signal()
+        seen = []
+
+        async def cancelled(**kwargs):
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError as exc:
+                seen.append(exc)
+                raise
+
+        async def fails(**kwargs):
+            await asyncio.sleep(0)
+            raise Rollback
+
+        signal.connect(cancelled)
+        signal.connect(fails)
+        with self.assertRaises(Rollback):
+            await signal.asend(self)
+        self.assertEqual(len(seen), 1)
+
+    async def test_tasks_in_one_context(self):
+        """Promise 5: what a task opened is kept for the task."""
+        if connection.vendor == "sqlite":
+            self.skipTest("A transaction keeps others from writing.")
+        context = contextvars.copy_context()
+        inside = asyncio.Event()
+        used = asyncio.Event()
+
+        async def rolls_back():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="b1")
+                inside.set()
+                await until(used)
+                await Entry.objects.acreate(name="b2")
+                raise Rollback
+
+        async def foreign():
+            await until(inside)
+            await Entry.objects.acreate(name="a")
+            used.set()
+
+        loop = asyncio.get_running_loop()
+        results = await asyncio.gather(
+            loop.create_task(rolls_back(), context=context),
+            loop.create_task(foreign(), context=context),
+            return_exceptions=True,
+        )
+        self.assertIsInstance(results[0], Rollback)
+        await self.assertAsyncNames("a")
+
+
+class EndTests(AsyncTransactionTestCase):
+    """Promise 4."""
+
+    async def test_cursor_kept_beyond_the_end(self):
+        began = threading.Event()
+        over = threading.Event()
+
+        def late():
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+                began.set()
+                over.wait(10)
+                cursor.execute(
+                    "INSERT INTO async_transactions_entry (name, count) "
+                    "VALUES ('late', 0)"
+                )
+
+        with self.assertRaises(Rollback):
+            async with transaction.aatomic():
+                task = asyncio.create_task(asyncio.to_thread(late))
+                await asyncio.to_thread(began.wait, 10)
+                raise Rollback
+        over.set()
+        with self.assertRaisesMessage(TransactionManagementError, "any more"):
+            await task
+        await self.assertAsyncNames()
+
+    def test_block_that_gets_its_turn_after_the_end(self):
+        """The block around it has ended, so it's an outermost one."""
+        inside = asyncio.Event()
+        leave = asyncio.Event()
+
+        async def first():
+            async with transaction.aatomic():
+                inside.set()
+                await until(leave)
+
+        async def second():
+            await until(inside)
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="second")
+                await asyncio.sleep(0.3)
+                raise Rollback
+
+        async def start():
+            tasks = [asyncio.create_task(first()), asyncio.create_task(second())]
+            await until(inside)
+            await asyncio.sleep(0.05)
+            return tasks
+
+        async def main():
+            def block():
+                with transaction.atomic():
+                    create("block")
+                    return async_to_sync(start)()
+
+            tasks = await sync_to_async(block)()
+            await asyncio.sleep(0.05)
+            creation = asyncio.create_task(Entry.objects.acreate(name="autocommit"))
+            leave.set()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            await creation
+            return results
+
+        results = async_to_sync(main)()
+        self.assertIsInstance(results[0], TransactionManagementError)
+        self.assertIsInstance(results[1], Rollback)
+        self.assertNames("autocommit", "block")
+
+    async def test_nested_block_that_outlives_async_to_sync(self):
+        inside = asyncio.Event()
+        tasks = []
+
+        async def nested():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="nested")
+                inside.set()
+                await asyncio.sleep(0.1)
+
+        async def start():
+            tasks.append(asyncio.create_task(nested()))
+            await until(inside)
+
+        async with transaction.aatomic():
+            await sync_to_async(lambda: async_to_sync(start)())()
+            await asyncio.gather(*tasks)
+            await Entry.objects.acreate(name="after")
+        await self.assertAsyncNames("after", "nested")
+
+    async def test_leaving_with_a_nested_block_of_the_same_task(self):
+        outer, nested = transaction.aatomic(), transaction.aatomic()
+        await outer.__aenter__()
+        await nested.__aenter__()
+        await Entry.objects.acreate(name="a")
+        began = time.monotonic()
+        with self.assertRaises(TransactionManagementError):
+            await outer.__aexit__(None, None, None)
+        self.assertLess(time.monotonic() - began, 5)
+        with self.assertRaises(TransactionManagementError):
+            await nested.__aexit__(None, None, None)
+        await Entry.objects.acreate(name="after")
+        await self.assertAsyncNames("after")
+
+    def test_thread_is_usable_after_a_block_was_left_elsewhere(self):
+        """The opener's context is what asgiref hands on to the thread."""
+
+        async def main():
+            block = transaction.aatomic()
+            await block.__aenter__()
+            await asyncio.gather(block.__aexit__(None, None, None))
+
+        async_to_sync(main)()
+        create("sync")
+        asyncio.run(main())
+        self.assertNames("sync")
+
+    async def test_blocks_left_in_odd_order(self):
+        first, second = transaction.aatomic(), transaction.aatomic()
+        await first.__aenter__()
+        await second.__aenter__()
+        await first.__aexit__(Rollback, Rollback(), None)
+        await second.__aexit__(Rollback, Rollback(), None)
+        await Entry.objects.acreate(name="a")
+        await asyncio.to_thread(create_and_close, "b")
+        await self.assertAsyncNames("a", "b")
+
+    async def test_rollback_flag_of_a_sibling(self):
+        inside = asyncio.Event()
+        flagged = asyncio.Event()
+
+        async def nested():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="nested")
+                inside.set()
+                await until(flagged)
+                self.assertIs(transaction.get_rollback(), False)
+
+        async with transaction.aatomic():
+            task = asyncio.create_task(nested())
+            await until(inside)
+            transaction.set_rollback(True)
+            self.assertIs(transaction.get_rollback(), True)
+            flagged.set()
+            await task
+        await self.assertAsyncNames()
+
+    async def test_connection_opened_anew_inside(self):
+        if is_in_memory():
+            self.skipTest("Closing it would destroy the database.")
+
+        def reconnect():
+            used = transaction.get_connection()
+            used.close()
+            used.connect()
+
+        async with transaction.aatomic():
+            await sync_to_async(reconnect)()
+        await Entry.objects.acreate(name="after")
+        await self.assertAsyncNames("after")
+
+    async def test_unknown_alias(self):
+        msg = "The connection 'unknown' doesn't exist."
+        with self.assertRaisesMessage(ConnectionDoesNotExist, msg):
+            async with transaction.aatomic("unknown"):
+                self.fail("The block was entered.")
+
+
+class ThreadTests(AsyncTransactionTestCase):
+    """Promise 3: no ordinary wait is a deadlock."""
+
+    async def together(self, function):
+        async def block():
+            async with transaction.aatomic():
+                await asyncio.sleep(0.02)
+                await Entry.objects.acreate(name="block")
+
+        began = time.monotonic()
+        async with transaction.aatomic():
+            await asyncio.gather(block(), sync_to_async(function)())
+        self.assertLess(time.monotonic() - began, 5)
+        await self.assertAsyncNames("block", "function")
+
+    async def acreate(self):
+        await Entry.objects.acreate(name="function")
+
+    async def nested(self):
+        async with transaction.aatomic():
+            await self.acreate()
+
+    async def test_async_to_sync(self):
+        await self.together(lambda: async_to_sync(self.acreate)())
+
+    async def test_async_to_sync_with_a_block(self):
+        await self.together(lambda: async_to_sync(self.nested)())
+
+    async def test_asyncio_run(self):
+        await self.together(lambda: asyncio.run(self.acreate()))
+
+    async def test_asyncio_run_with_a_block(self):
+        await self.together(lambda: asyncio.run(self.nested()))
+
+    def test_loop_in_the_thread_that_runs_sync_code(self):
+        """The thread for thread-sensitive functions runs the loop itself."""
+        if is_in_memory():
+            self.skipTest("asgiref's thread has another connection.")
+
+        def block():
+            with transaction.atomic():
+                asyncio.run(self.nested())
+                asyncio.run(Entry.objects.acreate(name="another"))
+                raise Rollback
+
+        def block_and_close():
+            try:
+                block()
+            finally:
+                connections.close_all()
+
+        async def main():
+            await sync_to_async(block_and_close)()
+
+        with self.assertRaises(Rollback):
+            asyncio.run(main())
+        self.assertNames()
+
+    def test_coroutine_on_the_loop_of_the_blocks_thread(self):
+        called = []
+
+        async def main():
+            self.assertIs(connections["default"], main_connection)
+            async with transaction.aatomic():
+                transaction.on_commit(lambda: called.append(True))
+
+        with transaction.atomic():
+            main_connection = connections["default"]
+            asyncio.run(main())
+        self.assertEqual(called, [True])
+
+    async def test_leaving_does_not_wait_for_a_function(self):
+        """One that's not in the database, and whose caller was cancelled."""
+        over = threading.Event()
+
+        def function():
+            create("rolled back")
+            over.wait(10)
+
+        began = time.monotonic()
+        with self.assertRaises(TimeoutError):
+            async with transaction.aatomic():
+                async with asyncio.timeout(0.2):
+                    await sync_to_async(function)()
+        self.assertLess(time.monotonic() - began, 5)
+        over.set()
+        await self.assertAsyncNames()
+
+    def test_loop_closed_with_a_block_open(self):
+        async def block():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="rolled back")
+                await asyncio.sleep(100)
+
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(block())
+        loop.run_until_complete(asyncio.sleep(0.3))
+        self.assertEqual(len(transaction_threads()), 1)
+        loop.close()
+        self.assertIs(wait_until(lambda: not transaction_threads()), True)
+        self.assertNames()
+        # Its destruction is reported to the loop's exception handler.
+        task._log_destroy_pending = False
+        del task
+        gc.collect()
+        connections.close_all()
+
+
+class HookTests(AsyncTransactionTestCase):
+    """Promise 6: on_commit() after cancellations and in odd places."""
+
+    async def test_cancelled_in_a_callback(self):
+        called = []
+
+        async def first():
+            called.append("first")
+            await asyncio.sleep(10)
+
+        async def block():
+            async with transaction.aatomic():
+                transaction.on_commit(first)
+                transaction.on_commit(lambda: called.append("second"))
+                transaction.on_commit(lambda: called.append("third"), robust=True)
+
+        with self.assertRaises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await block()
+        self.assertEqual(called, ["first", "second", "third"])
+
+    async def test_cancelled_at_any_time(self):
+        for number in range(40):
+            called = []
+
+            async def block():
+                async with transaction.aatomic():
+                    await Entry.objects.acreate(name=f"{number}")
+                    transaction.on_commit(lambda: called.append(number))
+
+            task = asyncio.create_task(block())
+            await asyncio.sleep(number * 0.0004)
+            task.cancel()
+            await asyncio.wait([task])
+            committed = await Entry.objects.filter(name=f"{number}").aexists()
+            self.assertEqual(called, [number] if committed else [])
+
+    async def test_object_with_an_asynchronous_call(self):
+        called = []
+
+        class Callback:
+            async def __call__(self):
+                called.append("object")
+
+        async def coroutine():
+            called.append("coroutine")
+
+        async with transaction.aatomic():
+            transaction.on_commit(Callback())
+            transaction.on_commit(lambda: coroutine())
+        self.assertEqual(called, ["object", "coroutine"])
+
+    def test_many_callbacks_rolled_back(self):
+        with transaction.atomic():
+            for _ in range(5000):
+                transaction.on_commit(lambda: None)
+            began = time.monotonic()
+            with self.assertRaises(Rollback):
+                with transaction.atomic():
+                    for _ in range(5000):
+                        transaction.on_commit(lambda: None)
+                    raise Rollback
+            self.assertLess(time.monotonic() - began, 1)
+            self.assertEqual(len(connection.run_on_commit), 5000)
+
+
+class MemoryTests(AsyncTransactionTestCase):
+    async def test_chain_of_tasks_started_inside(self):
+        """Each block ends before the next: none is kept alive."""
+        block = None
+
+        async def job(number, may_begin):
+            nonlocal block
+            await until(may_begin)
+            ended = asyncio.Event()
+            async with transaction.aatomic():
+                block = belonging.current()
+                if number:
+                    following = asyncio.create_task(job(number - 1, ended))
+            ended.set()
+            if number:
+                await following
+
+        may_begin = asyncio.Event()
+        may_begin.set()
+        await job(20, may_begin)
+        self.assertLess(len(list(belonging.chain(block))), 5)
+
+    def test_contexts_left_elsewhere(self):
+        for _ in range(50):
+            atomic = transaction.atomic()
+            atomic.__enter__()
+            contextvars.copy_context().run(atomic.__exit__, None, None, None)
+        self.assertLess(len(list(belonging.chain(belonging.current()))), 3)
+
+    def test_blocks_left_out_of_order(self):
+        def generator():
+            with transaction.atomic():
+                yield
+
+        first, second = generator(), generator()
+        next(first)
+        next(second)
+        first.close()
+        second.close()
+        self.assertEqual(connection.blocks, [])
+
+    def test_connection_opened_anew_in_a_sync_block(self):
+        if is_in_memory():
+            self.skipTest("Closing it would destroy the database.")
+        with transaction.atomic():
+            connection.close()
+            connection.connect()
+            create("autocommit")
+        self.assertNames("autocommit")
+
+
+class FetchTests(AsyncTransactionTestCase):
+    async def test_iterator_waits_for_a_siblings_block(self):
+        await Entry.objects.abulk_create(Entry(name=f"{n:03}") for n in range(100))
+        began = threading.Event()
+        inside = threading.Event()
+
+        def read():
+            found = []
+            for entry in Entry.objects.order_by("name").iterator(chunk_size=10):
+                if not found:
+                    began.set()
+                    inside.wait(10)
+                found.append(entry.name)
+            return found
+
+        async def nested():
+            await asyncio.to_thread(began.wait, 10)
+            async with transaction.aatomic():
+                with self.assertRaises(Exception):
+                    await sync_to_async(broken)()
+                inside.set()
+                await asyncio.sleep(0.05)
+                raise Rollback
+
+        def broken():
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT nothing")
+
+        async with transaction.aatomic():
+            results = await asyncio.gather(
+                asyncio.to_thread(read), nested(), return_exceptions=True
+            )
+        self.assertEqual(results[0], [f"{n:03}" for n in range(100)])
+        self.assertIsInstance(results[1], Rollback)
+
+
+class TimeoutTests(AsyncTransactionTestCase):
+    async def test_thread_that_cannot_be_started(self):
+        error = RuntimeError("can't start new thread")
+        with mock.patch("threading.Thread.start", side_effect=error):
+            with self.assertRaisesMessage(OperationalError, "can't start new thread"):
+                async with asyncio.timeout(5):
+                    async with transaction.aatomic():
+                        self.fail("The block was entered.")
+        await Entry.objects.acreate(name="usable")
+        self.assertEqual(await names(), ["usable"])
+        self.assertGreater(sharing.TURN_TIMEOUT, 0)
