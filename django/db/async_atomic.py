@@ -25,6 +25,7 @@ from inspect import isawaitable, iscoroutinefunction
 from asgiref.sync import AsyncToSync
 
 from django.db import belonging, connections, sharing, threads
+from django.db.abandoned import cancel_statement
 from django.db.utils import DEFAULT_DB_ALIAS, Error
 from django.utils.connection import ConnectionDoesNotExist
 
@@ -99,8 +100,12 @@ class _Entry:
         if exc_type is None and not self.block.ended:
             try:
                 await self._wait_for_nested()
+                if self.block.cancelled:
+                    raise belonging.swallowed(self.block)
             except BaseException as exc:
                 await self._exit(type(exc), exc, exc.__traceback__)
+                if self.block.cancelled and sharing.pass_on_cancellation(self.block):
+                    return
                 raise
         await self._exit(exc_type, exc_value, traceback)
 
@@ -124,6 +129,11 @@ class _Entry:
 
     async def _exit(self, exc_type=None, exc_value=None, traceback=None):
         func = partial(self._exit_atomic, exc_type, exc_value, traceback)
+        turn = self.block.connection.turn
+        if exc_type is not None and turn is not None:
+            # Others are refused from here on, and don't delay the rollback.
+            self.block.leaving = True
+            cancel_statement(self.block.connection, turn.count)
         try:
             await self._run(func, urgent=exc_type is not None)
         finally:
@@ -195,7 +205,7 @@ class _Nested(_Entry):
         self.outer = outer
 
     async def enter(self):
-        """Return whether the block was entered. If not, the outer one ended."""
+        """Return whether the block around it was there to be entered."""
         if threads.is_available():
             self.executor = next(threads.thread_sensitive_executors())
         else:

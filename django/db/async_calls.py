@@ -13,6 +13,7 @@ from functools import partial, wraps
 from asgiref import sync
 
 from django.db import belonging, sharing, threads
+from django.db.abandoned import Call
 
 
 def sync_to_async(func):
@@ -39,8 +40,19 @@ async def _run_in_turn(func):
 
 
 async def _run(func):
+    call = Call()
+
+    def run():
+        with call.running():
+            return func()
+
     belonging.claim()
     # Inside a block, the connection is bound to no thread.
-    return await sync.sync_to_async(
-        belonging.for_task(func), thread_sensitive=threads.is_available()
-    )()
+    run_in_thread = sync.sync_to_async(
+        belonging.for_task(run), thread_sensitive=threads.is_available()
+    )
+    try:
+        return await run_in_thread()
+    except asyncio.CancelledError:
+        call.abandon()
+        raise

@@ -70,7 +70,8 @@ inherited = ContextVar("django.db.belonging")
 _opened = weakref.WeakKeyDictionary()
 
 # Attributes of the thread: `waiter_class`, if it can do other work while it
-# waits, and `task_name`, while it works for a task.
+# waits, and while it works for a task, `task_name` and the `call`, which the
+# task may abandon.
 working = threading.local()
 
 
@@ -88,7 +89,8 @@ class Block:
     `thread` the TransactionThread that it has for itself, if any. `manual` is
     the ManualTransaction whose time it is, if any. `failure` is an exception
     to roll back for, raised while a block nested in it was open. `hooks_due`
-    tells that functions given to on_commit() have to be called.
+    tells that functions given to on_commit() have to be called, `cancelled`
+    that a query was cancelled inside, and `leaving` that an exception ends it.
     """
 
     __slots__ = (
@@ -96,12 +98,14 @@ class Block:
         "abandoned",
         "alias",
         "atomic",
+        "cancelled",
         "connection",
         "depth",
         "ended",
         "entered",
         "failure",
         "hooks_due",
+        "leaving",
         "manual",
         "outer",
         "parent",
@@ -124,6 +128,7 @@ class Block:
         self.thread_ident = self.thread = self.manual = self.failure = None
         self.depth = 0
         self.entered = self.ended = self.abandoned = self.hooks_due = False
+        self.cancelled = self.leaving = False
         self.prune()
 
     def __str__(self):
@@ -456,6 +461,22 @@ def rolled_back(block):
         f"The block that {block} opened on the database '{block.alias}' was rolled "
         "back, because a block around it ended first. Await what opens a block "
         "before leaving the block around it."
+    )
+
+
+def swallowed(block):
+    return error(
+        f"A query on the database '{block.alias}' was cancelled inside the block that "
+        f"{block} opened, which is rolled back therefore. Let the CancelledError or "
+        "the TimeoutError leave the block, or a block nested in it, instead of "
+        "swallowing it inside."
+    )
+
+
+def call_abandoned(alias):
+    return error(
+        f"{execution_name()} can't use the database '{alias}' any more, because the "
+        "task that called it was cancelled."
     )
 
 

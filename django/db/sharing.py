@@ -171,15 +171,32 @@ def taking_turn(connection, leaving=False):
 
     if not turn.take(here, ready, TURN_TIMEOUT, waiter_class):
         raise belonging.waited_in_vain(connection, TURN_TIMEOUT)
+    call = getattr(belonging.working, "call", None)
     try:
         if block is not None and block.ended:
             raise belonging.outlived(block)
-        if turn.depth == 1 and not leaving and _top(connection) is not block:
-            raise belonging.waits_for_itself(connection)
+        if turn.depth == 1:
+            if turn.cancelled is not None:
+                turn.cancelled.wait()
+                turn.cancelled = None
+            if not leaving:
+                _check(connection, block, call)
+                if call is not None and block is not None:
+                    call.turns[block] = turn.count
         turn.holders.add(here)
         yield
     finally:
         turn.give()
+
+
+def _check(connection, block, call):
+    if _top(connection) is not block:
+        raise belonging.waits_for_itself(connection)
+    if call is not None and call.abandoned:
+        raise belonging.call_abandoned(connection.alias)
+    for outer in belonging.chain(block):
+        if outer.leaving and outer.connection is connection:
+            raise belonging.outlived(outer)
 
 
 def _top(connection):
@@ -357,6 +374,12 @@ def closes_block(get_connection):
                 if exc_type is None:
                     raise belonging.rolled_back(block)
                 return
+            elif block.cancelled and exc_type is None:
+                exc_value = belonging.swallowed(block)
+                __exit__(self, type(exc_value), exc_value, None)
+                if not pass_on_cancellation(block):
+                    raise exc_value
+                return
             connection = get_connection(self.using)
             if connection.turn is None:
                 try:
@@ -439,8 +462,28 @@ def mark_for_rollback(connection, exc):
         connection.needs_rollback = True
         connection.rollback_exc = exc
     else:
-        # The mark on the connection is for the nested block.
+        mark_block_for_rollback(block, exc)
+
+
+def mark_block_for_rollback(block, exc):
+    if block is _top(block.connection):
+        block.connection.needs_rollback = True
+        block.connection.rollback_exc = exc
+    else:
+        # The mark on the connection is for the block nested in it.
         block.failure = exc
+
+
+def pass_on_cancellation(block):
+    """
+    Note on the block around `block` that a query was cancelled inside. Return
+    False if there's none but those of a TestCase.
+    """
+    for outer in belonging.chain(block.parent):
+        if outer.connection is block.connection and outer.atomic is not None:
+            outer.cancelled = not outer.atomic._from_testcase
+            return outer.cancelled
+    return False
 
 
 def _lower_block(connection):

@@ -27,6 +27,7 @@ from functools import partial
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 
 from django.db import belonging
+from django.db.abandoned import Call
 from django.db.utils import OperationalError
 
 # Functions in which a thread waits for an event loop.
@@ -70,8 +71,8 @@ class TransactionThread(Executor):
         return self._submit(partial(fn, *args, **kwargs), urgent=True)
 
     def _submit(self, func, urgent=False):
-        future = Future()
-        work = partial(_complete, future, func)
+        future = _Future()
+        work = partial(future.complete, func)
         with self._changed:
             if not self._open:
                 raise RuntimeError("The transaction has ended.")
@@ -153,14 +154,28 @@ class TransactionThread(Executor):
             self._idle -= 1
 
 
-def _complete(future, func):
-    if future.set_running_or_notify_cancel():
-        try:
-            result = func()
-        except BaseException as exc:
-            future.set_exception(exc)
-        else:
-            future.set_result(result)
+class _Future(Future):
+    """The result of a function that's abandoned if it can't be cancelled."""
+
+    def __init__(self):
+        super().__init__()
+        self._call = Call()
+
+    def cancel(self):
+        if super().cancel():
+            return True
+        self._call.abandon()
+        return False
+
+    def complete(self, func):
+        if self.set_running_or_notify_cancel():
+            try:
+                with self._call.running():
+                    result = func()
+            except BaseException as exc:
+                self.set_exception(exc)
+            else:
+                self.set_result(result)
 
 
 class _Waiter:

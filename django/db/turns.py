@@ -46,8 +46,12 @@ class Turn:
         self._depth = 0
         # In the order of their arrival.
         self._requests = []
-        # Everybody who ever held it, for the use of the caller.
+        # How often it was taken by somebody who didn't hold it.
+        self.count = 0
+        # For the use of the callers: everybody who ever held it, and an event
+        # to wait for if what its holder did is being cancelled.
         self.holders = set()
+        self.cancelled = None
 
     @property
     def depth(self):
@@ -62,9 +66,11 @@ class Turn:
         deadline = time.monotonic() + timeout
         while True:
             with self._lock:
-                if self._holder == holder or (self._holder is None and ready()):
-                    self._holder = holder
+                if self._holder == holder:
                     self._depth += 1
+                    return True
+                if self._holder is None and ready():
+                    self._give_to(holder)
                     return True
                 # Made under the lock: a change between the look at ready() and
                 # the wait would be missed.
@@ -133,8 +139,12 @@ class Turn:
             if request.ready() and request.waiter.grant():
                 self._requests.remove(request)
                 if takes:
-                    self._holder = request.holder
-                    self._depth = 1
+                    self._give_to(request.holder)
+
+    def _give_to(self, holder):
+        self._holder = holder
+        self._depth = 1
+        self.count += 1
 
 
 class _Request:

@@ -482,6 +482,91 @@ class HookTests(AsyncTransactionTestCase):
             self.assertEqual(len(connection.run_on_commit), 5000)
 
 
+class MarkTests(AsyncTransactionTestCase):
+    """Promise 3: an error outside of a nested block doesn't fail that one."""
+
+    async def test_failure_while_a_siblings_block_is_open(self):
+        await Entry.objects.acreate(name="existing")
+        asked = threading.Event()
+        inside = asyncio.Event()
+
+        def fail(*args, **kwargs):
+            asked.wait(10)
+            raise Rollback
+
+        async def nested():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="nested")
+                inside.set()
+                asked.set()
+                await asyncio.sleep(0.1)
+                await Entry.objects.acreate(name="nested, too")
+
+        def failing_save():
+            with transaction.mark_for_rollback_on_error():
+                fail()
+
+        async def sibling():
+            await until(inside)
+            with self.assertRaises(Rollback):
+                await asyncio.to_thread(failing_save)
+
+        async with transaction.aatomic():
+            await asyncio.gather(nested(), sibling())
+            # The mark is for the block that the sibling is in.
+            self.assertIs(transaction.get_rollback(), True)
+        await self.assertAsyncNames("existing")
+
+    async def test_refusal_does_not_mark(self):
+        """Nothing was sent, so the transaction stays usable."""
+        refused = asyncio.Event()
+        inside = asyncio.Event()
+        self.addCleanup(setattr, sharing, "TURN_TIMEOUT", sharing.TURN_TIMEOUT)
+        sharing.TURN_TIMEOUT = 0.2
+
+        async def sibling():
+            await until(inside)
+            with self.assertRaises(TransactionManagementError):
+                await asyncio.to_thread(create, "refused")
+            refused.set()
+
+        async with transaction.aatomic():
+            task = asyncio.create_task(sibling())
+            async with transaction.aatomic():
+                inside.set()
+                await until(refused)
+                await Entry.objects.acreate(name="nested")
+            await task
+            await Entry.objects.acreate(name="outer")
+        await self.assertAsyncNames("nested", "outer")
+
+    async def test_savepoint_while_rows_are_returned(self):
+        """On SQLite, an INSERT goes on while its rows are fetched."""
+        if not connection.features.can_return_columns_from_insert:
+            self.skipTest("Needs INSERT ... RETURNING.")
+        executed = threading.Event()
+
+        def insert():
+            with connection.cursor() as cursor:
+                cursor.execute(
+                    "INSERT INTO async_transactions_entry (name, count) "
+                    "VALUES ('a', 0), ('b', 0) RETURNING id"
+                )
+                executed.set()
+                time.sleep(0.2)
+                return len(cursor.fetchall())
+
+        async def nested():
+            await asyncio.to_thread(executed.wait, 10)
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="nested")
+
+        async with transaction.aatomic():
+            rows, _ = await asyncio.gather(asyncio.to_thread(insert), nested())
+        self.assertEqual(rows, 2)
+        await self.assertAsyncNames("a", "b", "nested")
+
+
 class MemoryTests(AsyncTransactionTestCase):
     async def test_chain_of_tasks_started_inside(self):
         """Each block ends before the next: none is kept alive."""

@@ -1,0 +1,185 @@
+"""
+Promise 7: a cancellation leaves the transaction committed or rolled back.
+"""
+
+import asyncio
+import time
+
+from asgiref.sync import async_to_sync, sync_to_async
+
+from django.db import connection, transaction
+from django.db.transaction import TransactionManagementError
+
+from .base import AsyncTransactionTestCase, create, names
+from .models import Entry
+
+SLOW = {
+    "postgresql": "SELECT pg_sleep(20)",
+    "mysql": "SELECT SLEEP(20)",
+    "sqlite": (
+        "WITH RECURSIVE numbers(n) AS "
+        "(SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 1000000000) "
+        "SELECT max(n) FROM numbers"
+    ),
+}
+
+
+def slow_query():
+    with transaction.get_connection().cursor() as cursor:
+        cursor.execute(SLOW[connection.vendor])
+        cursor.fetchall()
+
+
+def slow_queries():
+    for _ in range(100):
+        try:
+            slow_query()
+        except Exception:
+            pass
+
+
+class CancellationTests(AsyncTransactionTestCase):
+    async def assertSoon(self, awaitable, seconds=5):
+        begin = time.monotonic()
+        try:
+            return await awaitable
+        finally:
+            self.assertLess(time.monotonic() - begin, seconds)
+
+    async def test_running_query_is_cancelled_on_the_server(self):
+        async def block(call):
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="rolled back")
+                async with asyncio.timeout(0.2):
+                    await call()
+
+        for name, call in {
+            "sync_to_async": sync_to_async(slow_query),
+            "insensitive": sync_to_async(slow_query, thread_sensitive=False),
+            "to_thread": lambda: asyncio.to_thread(slow_query),
+            "again and again": sync_to_async(slow_queries),
+        }.items():
+            with self.subTest(name):
+                with self.assertRaises(TimeoutError):
+                    await self.assertSoon(block(call))
+                await self.assertAsyncNames()
+
+    async def test_code_that_does_not_end(self):
+        """Leaving doesn't wait for a function that's not in the database."""
+
+        def function():
+            create("rolled back")
+            time.sleep(8)
+
+        async def block():
+            async with transaction.aatomic():
+                async with asyncio.timeout(0.3):
+                    await sync_to_async(function)()
+
+        with self.assertRaises(TimeoutError):
+            await self.assertSoon(block())
+        await self.assertAsyncNames()
+        # Its thread ends after the function.
+        await asyncio.sleep(8)
+
+    async def test_swallowed(self):
+        msg = "was cancelled inside the block that"
+        with self.assertRaisesMessage(TransactionManagementError, msg):
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="rolled back")
+                try:
+                    async with asyncio.timeout(0.2):
+                        await sync_to_async(slow_query)()
+                except TimeoutError:
+                    pass
+                with self.assertRaisesMessage(
+                    TransactionManagementError, "An error occurred in the current"
+                ):
+                    await Entry.objects.acreate(name="refused")
+        await self.assertAsyncNames()
+
+    async def test_swallowed_in_a_nested_block(self):
+        """Its work is gone, so the outermost block says so."""
+        msg = "was cancelled inside the block that"
+        with self.assertRaisesMessage(TransactionManagementError, msg):
+            async with transaction.aatomic():
+                async with transaction.aatomic():
+                    await Entry.objects.acreate(name="nested")
+                    try:
+                        async with asyncio.timeout(0.2):
+                            await sync_to_async(slow_query)()
+                    except TimeoutError:
+                        pass
+                await Entry.objects.acreate(name="outer")
+        await self.assertAsyncNames()
+
+    async def test_caught_around_a_nested_block(self):
+        """The savepoint was rolled back, so the transaction goes on."""
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="before")
+            with self.assertRaises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    async with transaction.aatomic():
+                        await Entry.objects.acreate(name="nested")
+                        await sync_to_async(slow_query)()
+            await Entry.objects.acreate(name="after")
+        await self.assertAsyncNames("after", "before")
+
+    def test_below_a_sync_block(self):
+        async def main():
+            await Entry.objects.acreate(name="before")
+            with self.assertRaises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    async with transaction.aatomic():
+                        await Entry.objects.acreate(name="nested")
+                        await asyncio.to_thread(slow_query)
+            await Entry.objects.acreate(name="after")
+
+        with transaction.atomic():
+            async_to_sync(main)()
+        self.assertNames("after", "before")
+
+    async def test_abandoned_code_is_refused(self):
+        refused = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+
+        def function():
+            create("before")
+            time.sleep(0.4)
+            try:
+                create("after")
+            except TransactionManagementError as exc:
+                loop.call_soon_threadsafe(refused.set_result, str(exc))
+
+        with self.assertRaises(TimeoutError):
+            async with transaction.aatomic():
+                async with asyncio.timeout(0.2):
+                    await sync_to_async(function)()
+        self.assertIn("can't use the database 'default' any more", await refused)
+        await self.assertAsyncNames()
+
+    async def test_at_any_moment(self):
+        async def block(name):
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name=f"{name}, 1")
+                async with transaction.aatomic():
+                    await Entry.objects.acreate(name=f"{name}, 2")
+                await asyncio.to_thread(create, f"{name}, 3")
+
+        committed = []
+        for number in range(40):
+            name = f"{number}"
+            task = asyncio.create_task(block(name))
+            await asyncio.sleep(number * 0.0005)
+            task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                pass
+            # Committed as a whole or not at all.
+            found = [found for found in await names() if found.startswith(f"{name},")]
+            self.assertIn(len(found), (0, 3))
+            committed.append(bool(found))
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="usable")
+        self.assertIn("usable", await names())
