@@ -89,7 +89,12 @@ class _Entry:
         self.executor = None
         self.hooks = []
         self.block = belonging.Block(
-            alias, connection, atomic, strict=True, task=asyncio.current_task()
+            alias,
+            connection,
+            atomic,
+            belonging.current(),
+            strict=True,
+            task=asyncio.current_task(),
         )
 
     async def leave(self, exc_type, exc_value, traceback):

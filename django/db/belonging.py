@@ -80,56 +80,50 @@ class Block:
     A block on the connection to one database.
 
     It's entered when it is on the connection's stack, and ended when it has
-    been taken off, or will never get there. If it was `abandoned`, that wasn't
-    done by whoever had opened it.
+    been taken off, or will never get there.
 
-    `parent` is the block around it, for any alias. `outer` is the storage that
-    the context held before. `depth` is the number of savepoint ids on the
-    connection inside it. `thread_ident` is the thread that entered it, and
-    `thread` the TransactionThread that it has for itself, if any. `manual` is
-    the ManualTransaction whose time it is, if any. `failure` is an exception
-    to roll back for, raised while a block nested in it was open. `hooks_due`
-    tells that functions given to on_commit() have to be called, `cancelled`
-    that a query was cancelled inside, and `leaving` that an exception ends it.
+    `parent` is the block around it, for any alias. A `strict` block has an end
+    that nothing started inside goes beyond. `task` is the task that opened it,
+    if it's asynchronous.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "abandoned",
-        "alias",
-        "atomic",
-        "cancelled",
-        "connection",
-        "depth",
-        "ended",
-        "entered",
-        "failure",
-        "hooks_due",
-        "leaving",
-        "manual",
-        "outer",
-        "parent",
-        "strict",
-        "task",
-        "thread",
-        "thread_ident",
-        "title",
-    )
+    # The number of savepoint ids on the connection inside of it.
+    depth = 0
+    # The thread that entered it.
+    thread_ident = None
+    # The TransactionThread that it has for itself.
+    thread = None
+    # The ManualTransaction whose time it is.
+    manual = None
+    # An exception to roll back for, raised while a block nested in it, of
+    # another task, was open.
+    failure = None
+    # What error messages call the execution that opened it.
+    title = None
+    entered = False
+    ended = False
+    # It was ended by leaving a block around it.
+    abandoned = False
+    # It's being ended by an exception.
+    leaving = False
+    # A query was cancelled inside of it.
+    cancelled = False
+    # Functions given to on_commit() have to be called.
+    hooks_due = False
 
-    def __init__(self, alias, connection, atomic, *, strict=False, task=None):
+    def __init__(self, alias, connection, atomic, parent, strict=False, task=None):
         self.alias = alias
         self.connection = connection
         self.atomic = atomic
+        self.parent = parent
         self.strict = strict
         self.task = task and weakref.ref(task)
-        self.title = execution_name() if strict else None
+        # The storage that the context held before.
         self.outer = inherited.get(None)
-        self.parent = current()
-        self.thread_ident = self.thread = self.manual = self.failure = None
-        self.depth = 0
-        self.entered = self.ended = self.abandoned = self.hooks_due = False
-        self.cancelled = self.leaving = False
-        self.prune()
+        if strict:
+            self.title = execution_name()
+        if parent is not None or self.outer is not None:
+            self.prune()
 
     def __str__(self):
         if self.title:
@@ -207,8 +201,6 @@ def current():
     """
     storage = inherited.get(None)
     block = None if storage is None else storage.data
-    if block is None and not _opened:
-        return None
     task = running_task()
     if task is None:
         return block
@@ -261,7 +253,7 @@ def end(block):
     task = block.task and block.task()
     if task is not None and _opened.get(task) is block:
         parent = block.parent
-        if parent is not None and parent.task is block.task:
+        if parent is not None and parent.task and parent.task() is task:
             _opened[task] = parent
         else:
             del _opened[task]

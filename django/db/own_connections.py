@@ -133,7 +133,9 @@ def _open(alias, task):
             f"new_connection() can't be used for the database '{alias}', because an "
             "in-memory SQLite database has but one connection."
         )
-    block = belonging.Block(alias, connection, None, strict=True, task=task)
+    block = belonging.Block(
+        alias, connection, None, belonging.current(), strict=True, task=task
+    )
     sharing.share(connection)
     connection._thread_ident = None
     block.entered = True

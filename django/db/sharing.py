@@ -307,51 +307,49 @@ def in_turn(func):
 
 
 def opens_block(get_connection):
-    """Decorate Atomic.__enter__()."""
+    """Decorate Atomic.__enter__(), and give it the connection."""
 
     def decorator(enter):
         @wraps(enter)
         def __enter__(self):
-            outlived = _step_out()
-            try:
-                connection = get_connection(self.using)
-                if connection.turn is None:
-                    enter(self)
-                    _push(connection, self)
-                else:
-                    with taking_turn(connection):
-                        enter(self)
-                        _push(connection, self)
-            except BaseException:
-                if outlived is not None:
-                    belonging.inherited.set(outlived)
-                raise
-            if outlived is not None:
-                belonging.current().outer = outlived
+            block = belonging.current()
+            if block is not None and block.ended and block.strict:
+                _enter_after_the_end(self, block)
+                return
+            connection = get_connection(self.using)
+            if connection.turn is None:
+                enter(self, connection)
+                _push(connection, self, block)
+            else:
+                with taking_turn(connection):
+                    enter(self, connection)
+                    _push(connection, self, block)
 
         return __enter__
 
     return decorator
 
 
-def _step_out():
+def _enter_after_the_end(atomic, block):
     """
-    Let an execution that outlived its block open one of its own, on the
-    connection of its thread. Return what restore() needs then.
+    Let an execution that outlived `block` open one of its own, on the
+    connection of its thread.
     """
-    block = belonging.current()
-    if block is None or not all(b.ended and b.strict for b in belonging.chain(block)):
-        return None
     outlived = belonging.inherited.get(None)
-    belonging.inherited.set(None)
-    return outlived
+    belonging.set_current(block.parent)
+    try:
+        atomic.__enter__()
+    except BaseException:
+        belonging.inherited.set(outlived)
+        raise
+    # So that it's refused again afterwards.
+    belonging.current().outer = outlived
 
 
-def _push(connection, atomic):
-    block = belonging.current()
+def _push(connection, atomic, block):
     # An aatomic() has made its block before it got to a thread.
     if block is None or block.entered or block.atomic is not atomic:
-        block = belonging.Block(connection.alias, connection, atomic)
+        block = belonging.Block(connection.alias, connection, atomic, block)
         belonging.set_current(block)
     block.thread_ident = _thread.get_ident()
     block.depth = len(connection.savepoint_ids)
@@ -360,7 +358,7 @@ def _push(connection, atomic):
 
 
 def closes_block(get_connection):
-    """Decorate Atomic.__exit__()."""
+    """Decorate Atomic.__exit__(), and give it the connection."""
 
     def decorator(exit):
         @wraps(exit)
@@ -383,7 +381,7 @@ def closes_block(get_connection):
             connection = get_connection(self.using)
             if connection.turn is None:
                 try:
-                    exit(self, exc_type, exc_value, traceback)
+                    exit(self, connection, exc_type, exc_value, traceback)
                 finally:
                     _pop(connection)
                 return
@@ -394,7 +392,7 @@ def closes_block(get_connection):
                 # need the turn. So they're called after it was given back.
                 connection.run_and_clear_commit_hooks = lambda: hooks_due.append(True)
                 try:
-                    exit(self, exc_type, exc_value, traceback)
+                    exit(self, connection, exc_type, exc_value, traceback)
                 finally:
                     del connection.run_and_clear_commit_hooks
                     _pop(connection)
@@ -418,7 +416,7 @@ def _abandon_nested(connection, block, exit):
         return
     while (nested := connection.blocks[-1]) is not block:
         nested.ended = nested.abandoned = True
-        exit(nested.atomic, Exception, None, None)
+        exit(nested.atomic, connection, Exception, None, None)
         connection.blocks.pop()
 
 

@@ -167,7 +167,7 @@ class NewConnectionTests(AsyncTransactionTestCase):
                 self.assertNotEqual(own, outer)
                 with transaction.atomic(durable=True):
                     self.assertEqual(session(), own)
-                    async_to_sync(Entry.objects.acount)()
+                    async_to_sync(names)()
                 with new_connection():
                     self.assertNotEqual(session(), own)
             self.assertEqual(session(), outer)
