@@ -65,7 +65,9 @@ class Call:
 def cancel_statement(connection, count):
     """Cancel the statement that's run in a certain turn on the connection."""
     turn = connection.turn
-    if turn is not None and turn.depth and turn.count == count:
+    if turn is None or turn.cancelled is not None:
+        return
+    if turn.depth and turn.count == count:
         done = threading.Event()
         turn.cancelled = done
         threading.Thread(

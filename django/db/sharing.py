@@ -100,10 +100,11 @@ def share(connection, lent=False):
 
 
 def unshare(connection):
-    """Undo share(). Blocks that are still open end."""
+    """Undo share(). Blocks that are still open are abandoned."""
     with _sharing:
         while connection.blocks:
-            connection.blocks.pop().ended = True
+            block = connection.blocks.pop()
+            block.ended = block.abandoned = True
         turn, connection.turn = connection.turn, None
         with suppress(ValueError):
             connection.execute_wrappers.remove(_statement)
