@@ -248,13 +248,7 @@ class _Transaction(_Entry):
     async def enter(self):
         """Return True."""
         block = self.block
-        if block.alias not in connections:
-            raise ConnectionDoesNotExist(
-                f"The connection '{block.alias}' doesn't exist."
-            )
-        block.connection = connection = connections.create_connection(block.alias)
-        sharing.share(connection)
-        connection._thread_ident = None
+        block.connection = connection = make_connection(block.alias)
         if _is_single(connection):
             await self._borrow()
         block.thread = self.executor = threads.TransactionThread(
@@ -410,6 +404,20 @@ LENT_ATTRIBUTES = [
     "queries_log",
     "transaction_mode",
 ]
+
+
+def make_connection(alias):
+    """
+    Return a connection for a block, bound to no thread.
+
+    Raise ConnectionDoesNotExist if there's no such alias.
+    """
+    if alias not in connections:
+        raise ConnectionDoesNotExist(f"The connection '{alias}' doesn't exist.")
+    connection = connections.create_connection(alias)
+    sharing.share(connection)
+    connection._thread_ident = None
+    return connection
 
 
 def _is_single(connection):

@@ -13,7 +13,7 @@ from functools import partial, wraps
 from inspect import iscoroutinefunction
 
 from django.db import belonging, connections, sharing, threads
-from django.db.async_atomic import run_to_the_end
+from django.db.async_atomic import make_connection, run_to_the_end
 from django.db.utils import Error, NotSupportedError
 
 
@@ -127,7 +127,7 @@ def _open(alias, task):
                 "new_connection() would escape the transaction of this TestCase. "
                 "Use TransactionTestCase to test it."
             )
-    connection = connections.create_connection(alias)
+    connection = make_connection(alias)
     if connection.vendor == "sqlite" and connection.is_in_memory_db():
         raise NotSupportedError(
             f"new_connection() can't be used for the database '{alias}', because an "
@@ -136,8 +136,6 @@ def _open(alias, task):
     block = belonging.Block(
         alias, connection, None, belonging.current(), strict=True, task=task
     )
-    sharing.share(connection)
-    connection._thread_ident = None
     block.entered = True
     connection.blocks.append(block)
     return block

@@ -11,6 +11,7 @@ from asgiref.sync import async_to_sync, sync_to_async
 from django.db import NotSupportedError, connection, new_connection, transaction
 from django.db.transaction import TransactionManagementError
 from django.test import TestCase
+from django.utils.connection import ConnectionDoesNotExist
 
 from .base import AsyncTransactionTestCase, Rollback, create, is_in_memory, names
 from .models import Entry
@@ -140,6 +141,12 @@ class NewConnectionTests(AsyncTransactionTestCase):
         with self.assertRaises(asyncio.CancelledError):
             await asyncio.create_task(is_cancelled())
         await self.assertAsyncNames("a", "b")
+
+    async def test_unknown_alias(self):
+        msg = "The connection 'unknown' doesn't exist."
+        with self.assertRaisesMessage(ConnectionDoesNotExist, msg):
+            async with new_connection("unknown"):
+                self.fail("The block was entered.")
 
     async def test_decorator(self):
         @new_connection

@@ -5,6 +5,7 @@ and event loops.
 
 import asyncio
 import contextvars
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -28,84 +29,51 @@ def unused():
 
 
 class DecisionTableTests(SimpleTestCase):
-    def assertDecision(self, expected, **execution):
-        self.assertEqual(belonging.decide(**execution), expected)
-
-    def test_aatomic_open(self):
-        for same_thread in (True, False):
-            for moved in (True, False):
-                self.assertDecision(
-                    belonging.JOIN,
-                    strict=True,
-                    ended=False,
-                    same_thread=same_thread,
-                    moved=moved,
-                    runs_loop=unused,
-                )
-
-    def test_aatomic_ended(self):
-        for same_thread in (True, False):
-            for moved in (True, False):
-                self.assertDecision(
-                    belonging.REFUSE,
-                    strict=True,
-                    ended=True,
-                    same_thread=same_thread,
-                    moved=moved,
-                    runs_loop=unused,
-                )
-
-    def test_atomic_open_in_the_thread_that_entered_it(self):
-        self.assertDecision(
+    # strict, ended, same_thread, moved, runs_loop, and the decision. None is
+    # for either value; runs_loop is a function that mustn't be called then.
+    rows = {
+        "strict, open": (True, False, None, None, None, belonging.JOIN),
+        "strict, ended": (True, True, None, None, None, belonging.REFUSE),
+        "atomic() open, in the thread that entered the block": (
+            *(False, False, True, None, None),
             belonging.JOIN,
-            strict=False,
-            ended=False,
-            same_thread=True,
-            moved=True,
-            runs_loop=unused,
-        )
-
-    def test_atomic_open_brought_to_another_thread_by_asgiref(self):
-        self.assertDecision(
+        ),
+        "atomic() open, brought to another thread by asgiref": (
+            *(False, False, False, True, None),
             belonging.JOIN,
-            strict=False,
-            ended=False,
-            same_thread=False,
-            moved=True,
-            runs_loop=unused,
-        )
-
-    def test_atomic_open_in_another_thread_while_its_own_runs_a_loop(self):
-        self.assertDecision(
+        ),
+        "atomic() open, in another thread, while its own runs a loop": (
+            *(False, False, False, False, True),
             belonging.JOIN,
-            strict=False,
-            ended=False,
-            same_thread=False,
-            moved=False,
-            runs_loop=lambda: True,
-        )
-
-    def test_atomic_open_in_another_thread_otherwise(self):
-        self.assertDecision(
+        ),
+        "atomic() open, in another thread otherwise": (
+            *(False, False, False, False, False),
             belonging.OWN,
-            strict=False,
-            ended=False,
-            same_thread=False,
-            moved=False,
-            runs_loop=lambda: False,
-        )
+        ),
+        "atomic() ended": (False, True, None, None, None, belonging.SKIP),
+    }
 
-    def test_atomic_ended(self):
-        for same_thread in (True, False):
-            for moved in (True, False):
-                self.assertDecision(
-                    belonging.SKIP,
-                    strict=False,
-                    ended=True,
-                    same_thread=same_thread,
-                    moved=moved,
-                    runs_loop=unused,
-                )
+    def test_rows(self):
+        for name, (
+            strict,
+            ended,
+            same_thread,
+            moved,
+            loop,
+            expected,
+        ) in self.rows.items():
+            for same, by_asgiref in itertools.product((True, False), repeat=2):
+                if same_thread not in (None, same) or moved not in (None, by_asgiref):
+                    continue
+                with self.subTest(name, same_thread=same, moved=by_asgiref):
+                    decision = belonging.decide(
+                        strict=strict,
+                        ended=ended,
+                        same_thread=same,
+                        moved=by_asgiref,
+                        runs_loop=unused if loop is None else lambda: loop,
+                    )
+                    self.assertEqual(decision, expected)
 
 
 def own_connection():
