@@ -432,8 +432,7 @@ def _pop(connection):
     if connection.turn is None:
         return
     if (top := _top(connection)) is not None and top.failure is not None:
-        connection.needs_rollback = True
-        connection.rollback_exc = top.failure
+        _mark_connection(connection, top.failure)
     if connection.blocks or connection._thread_ident is None:
         connection.turn.changed()
     else:
@@ -458,16 +457,19 @@ def mark_for_rollback(connection, exc):
         return
     block = _lower_block(connection)
     if block is None:
-        connection.needs_rollback = True
-        connection.rollback_exc = exc
+        _mark_connection(connection, exc)
     else:
         mark_block_for_rollback(block, exc)
 
 
+def _mark_connection(connection, exc):
+    connection.needs_rollback = True
+    connection.rollback_exc = exc
+
+
 def mark_block_for_rollback(block, exc):
     if block is _top(block.connection):
-        block.connection.needs_rollback = True
-        block.connection.rollback_exc = exc
+        _mark_connection(block.connection, exc)
     else:
         # The mark on the connection is for the block nested in it.
         block.failure = exc
