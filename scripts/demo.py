@@ -25,6 +25,7 @@ import textwrap
 import time
 
 import postgres
+from own_server import ServerError, unwind_on_termination
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKER = ROOT / "scripts" / "demo_worker.py"
@@ -243,9 +244,9 @@ def main(arguments):
         return 0 if arguments in (["-h"], ["--help"]) else 2
     try:
         ensure_python()
-        postgres.unwind_on_termination()
+        unwind_on_termination()
         return run()
-    except (DemoError, postgres.ServerError) as error:
+    except (DemoError, ServerError) as error:
         print(f"demo.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ import sys
 import postgres
 import psycopg
 from asgiref.sync import async_to_sync, sync_to_async
+from own_server import ServerError
 
 import django
 from django.conf import settings
@@ -308,7 +309,7 @@ def main():
     url = os.environ["DATABASE_URL"]
     try:
         configure(postgres.database_settings(url))
-    except postgres.ServerError as error:
+    except ServerError as error:
         print(error, file=sys.stderr)
         return 2
     with connection.schema_editor() as editor:

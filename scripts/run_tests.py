@@ -3,12 +3,13 @@ Run the fork's tests, and the upstream tests it affects, on one database.
 
     python scripts/run_tests.py sqlite
     python scripts/run_tests.py postgres --upstream
+    python scripts/run_tests.py mariadb --upstream
     python scripts/run_tests.py sqlite-memory transactions -- -k savepoint
 
 Materialise the tree this repository describes in a temporary directory, write
 a settings module, and call the tree's tests/runtests.py. Arguments after "--"
 are passed on to it. PostgreSQL is started by postgres.py, unless DATABASE_URL
-is set.
+is set, and MariaDB by mariadb.py, unless MARIADB_URL is set.
 
 Exit codes: that of runtests.py, 1 also if it ran no test, 2 if the tests
 cannot be run.
@@ -24,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 
+import mariadb
 import postgres
+from own_server import ServerError, ending, unwind_on_termination
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -49,6 +52,8 @@ SETTINGS = {
     "USE_TZ": False,
     "DEFAULT_AUTO_FIELD": "django.db.models.AutoField",
 }
+
+DATABASES = ["sqlite", "sqlite-memory", "postgres", "mariadb"]
 
 ALIASES = ["default", "other"]
 
@@ -80,13 +85,12 @@ def sqlite_memory():
     return {alias: {"ENGINE": "django.db.backends.sqlite3"} for alias in ALIASES}
 
 
-def postgresql(url):
-    """Return the settings of databases on the server at a URL."""
-    settings = postgres.database_settings(url)
+def on_server(settings, **test):
+    """Return the settings of databases on a server."""
     # The names are unique: a server can serve several runs, and its user's
     # databases are not touched.
     return {
-        alias: {**settings, "TEST": {"NAME": f"test_{alias}_{os.getpid()}"}}
+        alias: {**settings, "TEST": {"NAME": f"test_{alias}_{os.getpid()}", **test}}
         for alias in ALIASES
     }
 
@@ -127,7 +131,7 @@ def run(tree, directory, databases, arguments):
         stderr=subprocess.STDOUT,
     )
     output = b""
-    with process.stdout, postgres.ending(process):
+    with process.stdout, ending(process):
         # Dots are progress, whether or not their line is complete.
         while chunk := process.stdout.read1():
             output += chunk
@@ -155,8 +159,14 @@ def run_on(database, tree, directory, arguments):
         return run(tree, directory, sqlite_file(directory), arguments)
     if database == "sqlite-memory":
         return run(tree, directory, sqlite_memory(), arguments)
+    if database == "mariadb":
+        with mariadb.server() as url:
+            # Whatever the server's default is.
+            databases = on_server(mariadb.database_settings(url), CHARSET="utf8mb4")
+            return run(tree, directory, databases, arguments)
     with postgres.server() as url:
-        return run(tree, directory, postgresql(url), arguments)
+        databases = on_server(postgres.database_settings(url))
+        return run(tree, directory, databases, arguments)
 
 
 def parse(arguments):
@@ -164,7 +174,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("database", choices=["sqlite", "sqlite-memory", "postgres"])
+    parser.add_argument("database", choices=DATABASES)
     parser.add_argument(
         "labels", nargs="*", help="what to run instead of all of the fork's tests"
     )
@@ -185,7 +195,7 @@ def parse(arguments):
 def main(arguments):
     """Run the command line; return the exit code."""
     options, passed_on = parse(arguments)
-    postgres.unwind_on_termination()
+    unwind_on_termination()
     try:
         labels = options.labels or own_labels()
         if options.upstream:
@@ -207,7 +217,7 @@ def main(arguments):
             returncode, (passed, failed, skipped) = run_on(
                 options.database, tree, directory, [*labels, *passed_on]
             )
-    except (TestsError, postgres.ServerError) as error:
+    except (TestsError, ServerError) as error:
         print(f"run_tests.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

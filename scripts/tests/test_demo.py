@@ -10,6 +10,7 @@ import unittest
 from unittest import mock
 
 import demo
+import own_server
 import postgres
 
 
@@ -73,7 +74,7 @@ class ReportTests(OutputMixin, unittest.TestCase):
 class PythonTests(OutputMixin, unittest.TestCase):
     def test_old_python_parses(self):
         """An old Python gets as far as the message."""
-        for module in (demo, postgres):
+        for module in (demo, own_server, postgres):
             with self.subTest(module=module.__name__):
                 source = pathlib.Path(module.__file__).read_text()
                 ast.parse(source, feature_version=(3, 8))

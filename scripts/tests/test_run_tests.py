@@ -54,7 +54,7 @@ class CommandTests(unittest.TestCase):
         with (
             contextlib.redirect_stdout(stdout),
             contextlib.redirect_stderr(stderr),
-            mock.patch("postgres.unwind_on_termination"),
+            mock.patch("run_tests.unwind_on_termination"),
         ):
             code = run_tests.main(["--tree", str(self.tree), *arguments])
         stdout.flush()
@@ -121,10 +121,9 @@ class CommandTests(unittest.TestCase):
 
 
 class DatabaseTests(unittest.TestCase):
-    def test_postgresql(self):
+    def test_on_server(self):
         """Two runs can share a server, and its databases are not used."""
-        with mock.patch("postgres.database_settings", return_value={"NAME": "mine"}):
-            databases = run_tests.postgresql("postgresql:///mine")
+        databases = run_tests.on_server({"NAME": "mine"}, CHARSET="utf8mb4")
         names = {alias: entry["TEST"]["NAME"] for alias, entry in databases.items()}
         self.assertEqual(
             names,
@@ -133,6 +132,8 @@ class DatabaseTests(unittest.TestCase):
                 "other": f"test_other_{os.getpid()}",
             },
         )
+        self.assertEqual(databases["other"]["NAME"], "mine")
+        self.assertEqual(databases["other"]["TEST"]["CHARSET"], "utf8mb4")
 
 
 if __name__ == "__main__":
