@@ -267,6 +267,8 @@ def run_suite(kind, tree, arguments, timeout):
         env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(str(path) for path in search if path),
+            # Hundreds of tests start a Python that imports Django.
+            "PYTHONDONTWRITEBYTECODE": "",
         }
         command = [sys.executable, "runtests.py", f"--settings={SETTINGS_MODULE}"]
         start = time.monotonic()
