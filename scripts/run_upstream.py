@@ -306,10 +306,14 @@ def run_again(trees, kind, failures, timeout):
     return fork.failures - pristine.failures
 
 
-def compare(pristine, fork, run_again):
-    """Print the differences; return whether the fork is as good as Django."""
+def compare(pristine, fork, confirm):
+    """
+    Print the differences; return whether the fork is as good as Django.
+
+    `confirm` returns those of the given failures which are the fork's only.
+    """
     differences = fork.failures - pristine.failures
-    only_fork = run_again(differences) if differences and not fork.crash else None
+    only_fork = confirm(differences) if differences and not fork.crash else None
     title("summary")
     print(f"Django: {pristine}")
     print(f"fork:   {fork}")
