@@ -12,7 +12,9 @@ tests fail on any Django: because root may write everywhere, or because a
 package or a server is missing. Only a difference counts. A test that fails on
 the fork only is run again on both, alone, and counts if it differs there, too.
 
-PostgreSQL is started by postgres.py, unless DATABASE_URL is set.
+PostgreSQL is started by postgres.py, unless DATABASE_URL is set. Then the
+server needs ICU and the extensions in contrib, which the embedded one has only
+in part: tests that use the rest fail there, on Django as on the fork.
 
 Exit codes: 0 if the fork fails no other test, 1 if it does, crashes, hangs, or
 runs fewer tests, 2 if there is nothing to compare.
@@ -155,66 +157,54 @@ def databases(kind):
     """Yield DATABASES with empty databases."""
     if kind == "sqlite-memory":
         yield run_tests.sqlite_memory()
+    elif "DATABASE_URL" in os.environ:
+        yield run_tests.postgresql(os.environ["DATABASE_URL"])
     else:
-        with postgres.server() as url:
+        with (
+            postgres.server() as url,
+            tempfile.TemporaryDirectory(prefix="pg-", dir=postgres.TEMP_DIR) as name,
+        ):
             settings = run_tests.postgresql(url)
-            with template_database(url) as template:
-                for entry in settings.values():
-                    entry["TEST"]["TEMPLATE"] = template
-                yield settings
+            complete_server(url, pathlib.Path(name))
+            yield settings
 
 
-@contextlib.contextmanager
-def template_database(url):
+def complete_server(url, directory):
     """
-    Yield the name of a database to copy, in which the tables of Django's tests
-    can be created.
+    Let the tables of Django's tests be created on the embedded server.
 
-    A server built without ICU or OpenSSL, such as the embedded one, lacks some
-    of what they refer to. Empty extensions and another collation stand in for
+    It was built without ICU and OpenSSL, so it lacks some of what they refer
+    to. Empty extensions, in `directory`, and another collation stand in for
     that. Tests that use them fail then, on Django as on the fork.
     """
     import psycopg
     from psycopg.sql import SQL, Identifier
 
-    name = f"template_{os.getpid()}"
-    with (
-        psycopg.connect(url, autocommit=True) as connection,
-        tempfile.TemporaryDirectory(prefix="pg-", dir=postgres.TEMP_DIR) as directory,
-    ):
-        if write_extensions(connection, pathlib.Path(directory)):
-            path = f"{directory}:$system"
+    with psycopg.connect(url, dbname="template1", autocommit=True) as connection:
+        available = connection.execute("SELECT name FROM pg_available_extensions")
+        missing = EXTENSIONS.difference(name for (name,) in available)
+        if missing:
+            print(f"PostgreSQL has no extensions {', '.join(sorted(missing))}.")
+            write_extensions(directory, missing)
             command = SQL("ALTER ROLE CURRENT_USER SET extension_control_path = {}")
-            connection.execute(command.format(path))
-        connection.execute(SQL("CREATE DATABASE {}").format(Identifier(name)))
-        try:
-            with psycopg.connect(url, dbname=name, autocommit=True) as template:
-                has_collation = "SELECT FROM pg_collation WHERE collname = %s"
-                if not template.execute(has_collation, [COLLATION]).rowcount:
-                    command = SQL("CREATE COLLATION {} (locale = 'C')")
-                    template.execute(command.format(Identifier(COLLATION)))
-                    print(f"PostgreSQL has no collation {COLLATION}.")
-            yield name
-        finally:
-            connection.execute(SQL("DROP DATABASE {}").format(Identifier(name)))
+            connection.execute(command.format(f"{directory}:$system"))
+        has_collation = "SELECT FROM pg_collation WHERE collname = %s"
+        if not connection.execute(has_collation, [COLLATION]).rowcount:
+            print(f"PostgreSQL has no collation {COLLATION}.")
+            command = SQL("CREATE COLLATION {} (locale = 'C')")
+            connection.execute(command.format(Identifier(COLLATION)))
 
 
-def write_extensions(connection, directory):
-    """Write empty extensions for missing ones, if the server's our own."""
-    available = connection.execute("SELECT name FROM pg_available_extensions")
-    missing = EXTENSIONS.difference(name for (name,) in available)
-    if not missing or "DATABASE_URL" in os.environ:
-        return False
-    print(f"PostgreSQL has no extensions {', '.join(sorted(missing))}.")
+def write_extensions(directory, names):
+    """Write extensions without content."""
     target = directory / "extension"
     target.mkdir()
-    for name in missing:
+    for name in names:
         (target / f"{name}.control").write_text("default_version = '0'\n")
         (target / f"{name}--0.sql").write_text("")
     # The server may run as another user.
     for path in [directory, target, *target.iterdir()]:
         path.chmod(0o755 if path.is_dir() else 0o644)
-    return True
 
 
 def run_process(command, cwd, env, timeout):
