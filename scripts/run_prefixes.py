@@ -18,10 +18,10 @@ import subprocess
 import sys
 import tempfile
 
-import postgres
 import run_tests
 from chain import ROOT, Chain, ChainError
 from materialise import materialise
+from own_server import ServerError, unwind_on_termination
 
 
 def labels_of(patches):
@@ -61,7 +61,7 @@ def main(arguments):
         "--first", type=int, default=1, metavar="N", help="leave out those before N"
     )
     options = parser.parse_args(arguments)
-    postgres.unwind_on_termination()
+    unwind_on_termination()
     summary, sound = [], True
     try:
         chain = Chain.load(ROOT)
@@ -81,7 +81,7 @@ def main(arguments):
                 )
                 summary.append(f"{title}: {result}")
                 sound = sound and passed
-    except (ChainError, run_tests.TestsError, postgres.ServerError) as error:
+    except (ChainError, run_tests.TestsError, ServerError) as error:
         print(f"run_prefixes.py: {error}", file=sys.stderr)
         return 2
     print("\n".join(["", *summary]))

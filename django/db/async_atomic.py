@@ -2,10 +2,11 @@
 The asynchronous counterpart of transaction.Atomic.
 
 AsyncAtomic has no state machine of its own: it enters and leaves an Atomic in
-a thread. Entering the outermost block of a task makes a connection and a
-thread (see django.db.threads) for the transaction; leaving it disposes of
-both, on every path. A nested block is entered and left wherever the
-thread-sensitive synchronous code around it runs.
+a thread. Entering the outermost block of a task takes a connection and a
+thread (see django.db.threads) for the transaction, which leaving it disposes
+of, on every path: they're kept for the next one (see django.db.scopes), or
+closed if anybody could still be using them. A nested block is entered and left
+wherever the thread-sensitive synchronous code around it runs.
 
 Entering and leaving run to their end once they have been given to a thread,
 even if the task is cancelled meanwhile: otherwise the thread would go on with
@@ -15,17 +16,16 @@ nobody there to end what it began. If entering was cancelled, it's undone.
 import asyncio
 import logging
 from _thread import get_ident
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from contextvars import copy_context
 from copy import copy
 from functools import partial, wraps
-from inspect import isawaitable, iscoroutinefunction
+from inspect import isawaitable
 
 from asgiref.sync import AsyncToSync
 
-from django.db import belonging, connections, sharing, threads
+from django.db import belonging, connections, scopes, sharing, threads
 from django.db.abandoned import cancel_statement
+from django.db.async_calls import is_asynchronous
 from django.db.utils import DEFAULT_DB_ALIAS, Error
 from django.utils.connection import ConnectionDoesNotExist
 
@@ -48,10 +48,11 @@ class AsyncAtomic:
         self._entries = belonging.Entries()
 
     def __call__(self, func):
-        if not iscoroutinefunction(func):
+        if not is_asynchronous(func):
             raise TypeError(
                 "aatomic() can only decorate coroutine functions. Use atomic() for "
-                "%r." % getattr(func, "__qualname__", func)
+                "other functions, and aatomic() inside asynchronous generators, such "
+                "as %r." % getattr(func, "__qualname__", func)
             )
 
         @wraps(func)
@@ -167,7 +168,7 @@ class _Entry:
         except asyncio.CancelledError as exc:
             if self.block.entered and not self.block.ended:
                 undo = partial(self._exit_atomic, type(exc), exc, None)
-                await run_to_the_end(self._executors(), undo, self.block)
+                await threads.run_to_the_end(self._executors(), undo, self.block)
             raise
 
     def _executors(self):
@@ -181,7 +182,9 @@ class _Entry:
 
     async def _run(self, func, urgent=False):
         executors = self._executors()
-        result, cancelled = await run_to_the_end(executors, func, self.block, urgent)
+        result, cancelled = await threads.run_to_the_end(
+            executors, func, self.block, urgent
+        )
         if cancelled is not None:
             raise cancelled
         return result
@@ -211,11 +214,7 @@ class _Nested(_Entry):
 
     async def enter(self):
         """Return whether the block around it was there to be entered."""
-        if threads.is_available():
-            self.executor = next(threads.thread_sensitive_executors())
-        else:
-            # The outer block's thread runs this event loop.
-            self.executor = ThreadPoolExecutor(1)
+        self.executor = next(threads.thread_sensitive_executors())
         enter_in_turn = sharing.in_turn(self._enter_atomic)
         timeout = sharing.TURN_TIMEOUT
         deadline = asyncio.get_running_loop().time() + timeout
@@ -226,6 +225,9 @@ class _Nested(_Entry):
             if entered:
                 belonging.begin(self.block)
                 return True
+        if self.outer.strict:
+            # Not to be committed, or else without what it's a part of.
+            raise belonging.outlived(self.outer)
         return False
 
     def _enter_atomic(self):
@@ -243,19 +245,31 @@ class _Transaction(_Entry):
         super().__init__(atomic, alias, None)
         # The connection that is lent to this transaction, if any.
         self.lender = None
+        self.scope = scopes.current()
         self.installed = None
 
     async def enter(self):
         """Return True."""
         block = self.block
-        block.connection = connection = make_connection(block.alias)
+        lease = self.scope.take(block.alias, connections.settings)
+        if lease is None:
+            lease = scopes.Lease(make_connection(block.alias))
+        else:
+            sharing.revive(lease.connection)
+        block.connection = connection = lease.connection
         if _is_single(connection):
-            await self._borrow()
+            try:
+                await self._borrow()
+            except BaseException:
+                if lease.worker is not None:
+                    lease.close()
+                raise
         block.thread = self.executor = threads.TransactionThread(
             f"transaction of {block}",
             at_end=connections.close_all,
             loop=asyncio.get_running_loop(),
             deserted=self._desert,
+            worker=lease.worker,
         )
         try:
             await self._enter(self._enter_atomic)
@@ -265,7 +279,7 @@ class _Transaction(_Entry):
                 if not self.executor.is_running():
                     # It couldn't be started.
                     executors = threads.thread_sensitive_executors()
-                await run_to_the_end(executors, self._dispose, block)
+                await threads.run_to_the_end(executors, self._dispose, block)
             raise
         belonging.begin(block)
         self.installed = threads.install(block)
@@ -278,8 +292,10 @@ class _Transaction(_Entry):
         """Wait for the only connection to the database to be lent."""
         timeout = sharing.TURN_TIMEOUT
         while True:
-            (lender, turn), cancelled = await run_to_the_end(
-                threads.thread_sensitive_executors(), self._lend, None
+            # A thread that a transaction on another database has doesn't have
+            # the connection.
+            (lender, turn), cancelled = await threads.run_to_the_end(
+                threads.executors_outside(), self._lend, None
             )
             if turn is None:
                 self.lender = lender
@@ -308,8 +324,10 @@ class _Transaction(_Entry):
         if lender.turn is not None:
             return lender, lender.turn
         lender.ensure_connection()
-        sharing.share(lender, lent=True)
+        # In this order: threads of a live server may share it, and whoever
+        # finds a turn has to find the block that it waits for.
         lender.blocks.append(self.block)
+        sharing.share(lender, lent=True)
         for name in LENT_ATTRIBUTES:
             if name in vars(lender):
                 setattr(self.block.connection, name, getattr(lender, name))
@@ -327,6 +345,8 @@ class _Transaction(_Entry):
 
     def _uninstall(self):
         belonging.run_where_opened(self.block, threads.uninstall, self.installed)
+        # It refers to the context, and that to the scope.
+        self.installed = None
 
     def _exit_atomic(self, *exc_info):
         try:
@@ -343,18 +363,27 @@ class _Transaction(_Entry):
     def _dispose(self):
         block, connection = self.block, self.block.connection
         block.ended = True
-        # A cursor of somebody else may still refer to the driver's connection,
-        # which a pool would hand on.
         turn = connection.turn
-        discard = self.lender is None and turn is not None and len(turn.holders) > 1
+        self.executor.shutdown()
+        worker = self.executor.spare_worker()
         self._give_back()
         sharing.retire(connection, block)
-        with suppress(Error):
-            if discard and connection.connection is not None:
-                with connection.wrap_database_errors:
+        if worker is None or turn is None or turn.holders - self.executor.idents:
+            # A cursor of somebody else may still refer to the driver's
+            # connection, which a pool would hand on.
+            with suppress(Error), connection.wrap_database_errors:
+                if connection.connection is not None:
                     connection.connection.close()
-            connection.close()
-        self.executor.shutdown()
+            _close(connection)
+        elif not _is_keepable(connection):
+            _close(connection)
+        if worker is not None:
+            if self.scope.keep(scopes.Lease(connection, worker)):
+                self.executor.keep(worker)
+            else:
+                _close(connection)
+        # It closes what it keeps when nobody refers to it any more.
+        self.scope = None
 
 
 class ManualTransaction(_Transaction):
@@ -362,6 +391,8 @@ class ManualTransaction(_Transaction):
 
     def __init__(self, alias):
         super().__init__(None, alias)
+        # What on_commit() registered before the last commit.
+        self.committed_hooks = []
 
     def _enter_atomic(self):
         block = self.block
@@ -371,8 +402,27 @@ class ManualTransaction(_Transaction):
         block.entered = True
         block.connection.blocks.append(block)
 
+    def commit(self, connection):
+        """Commit, in the transaction's thread."""
+        if self.block.cancelled:
+            self.rollback(connection)
+            raise belonging.swallowed(self.block)
+        connection.commit()
+        # Whoever was cancelled meanwhile calls rollback(), which drops them.
+        self.committed_hooks += connection.run_on_commit
+        connection.run_on_commit = []
+
+    def rollback(self, connection):
+        """Roll back, in the transaction's thread."""
+        connection.rollback()
+        self.block.cancelled = False
+
     async def leave(self):
-        await self._wait_for_nested()
+        try:
+            await self._wait_for_nested()
+        except asyncio.CancelledError as exc:
+            await self._exit(type(exc), exc, exc.__traceback__)
+            raise
         await self._exit()
 
     def _exit_atomic(self, exc_type, exc_value, traceback):
@@ -382,13 +432,23 @@ class ManualTransaction(_Transaction):
         connection.run_and_clear_commit_hooks = lambda: due.append(True)
         try:
             if exc_type is not None:
+                sharing.abandon_nested(connection, self.block)
                 connection.rollback()
             # It fails in a transaction that has begun, which then goes on.
             connection.set_autocommit(True)
+        except Error:
+            if exc_type is None and connection.is_usable():
+                raise
+            self._dispose()
+            if exc_type is None:
+                raise
+            return
         finally:
             del connection.run_and_clear_commit_hooks
+        self.hooks = self.committed_hooks
         if due:
-            self.hooks, connection.run_on_commit = connection.run_on_commit, []
+            self.hooks += connection.run_on_commit
+            connection.run_on_commit = []
         self._dispose()
 
 
@@ -415,9 +475,44 @@ def make_connection(alias):
     if alias not in connections:
         raise ConnectionDoesNotExist(f"The connection '{alias}' doesn't exist.")
     connection = connections.create_connection(alias)
+    if connection.settings_dict["OPTIONS"].get("pool"):
+        connect = connection.get_new_connection
+        connection.get_new_connection = partial(_get_pooled, connection, connect)
     sharing.share(connection)
     connection._thread_ident = None
     return connection
+
+
+def _close(connection):
+    with suppress(Error):
+        connection.close()
+
+
+def _is_keepable(connection):
+    """
+    Return whether the next transaction can use the session, and whether no
+    pool keeps it.
+    """
+    return (
+        not connection.in_atomic_block
+        and not connection.errors_occurred
+        and connection.autocommit == connection.settings_dict["AUTOCOMMIT"]
+        and getattr(connection, "pool", None) is None
+    )
+
+
+def _get_pooled(connection, connect, conn_params):
+    """Let the error say what to do if there's no connection in the pool."""
+    try:
+        return connect(conn_params)
+    except connection.Database.OperationalError as exc:
+        exc.args = (
+            f"{exc}. If the server can be reached, all connections of the pool are in "
+            "use: each transaction and each new_connection() holds one, also while "
+            "another one is open inside of it. Increase the pool's max_size, or let "
+            "fewer of them be open at a time.",
+        )
+        raise
 
 
 def _is_single(connection):
@@ -436,13 +531,11 @@ async def run_hook(func, robust, message):
     if isinstance(func, AsyncToSync):
         func = func.awaitable
     try:
-        if iscoroutinefunction(func) or iscoroutinefunction(
-            getattr(func, "__call__", None)
-        ):
+        if is_asynchronous(func):
             await func()
             return
         # To its end, so that it isn't lost with a task that's cancelled.
-        result, cancelled = await run_to_the_end(
+        result, cancelled = await threads.run_to_the_end(
             threads.thread_sensitive_executors(), func, belonging.current()
         )
         if isawaitable(result):
@@ -457,32 +550,15 @@ async def run_hook(func, robust, message):
             raise cancelled
 
 
-async def run_to_the_end(executors, func, block, urgent=False):
+async def run_in_thread(func):
     """
-    Call `func` in the first executor that takes it, as code inside `block`.
-    Return its result, and the CancelledError that came meanwhile or None.
+    Call `func` where sync_to_async() would. If the task is cancelled, raise
+    that at the end.
     """
-
-    def call():
-        belonging.set_current(block)
-        return func()
-
-    if urgent:
-        executors = map(_Urgent, executors)
-    # A future rather than a task, which asyncio.run() would cancel on its way
-    # out together with the caller.
-    future = asyncio.wrap_future(
-        threads.submit(executors, copy_context().run, belonging.for_task(call))
+    belonging.claim()
+    result, cancelled = await threads.run_to_the_end(
+        threads.thread_sensitive_executors(), func, belonging.current()
     )
-    cancelled = None
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError as exc:
-            cancelled = exc
-    return future.result(), cancelled
-
-
-class _Urgent:
-    def __init__(self, executor):
-        self.submit = getattr(executor, "submit_urgent", executor.submit)
+    if cancelled is not None:
+        raise cancelled
+    return result

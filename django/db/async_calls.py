@@ -9,11 +9,20 @@ block may need.
 
 import asyncio
 from functools import partial, wraps
+from inspect import iscoroutinefunction
 
 from asgiref import sync
 
 from django.db import belonging, sharing, threads
 from django.db.abandoned import Call
+
+
+def is_asynchronous(func):
+    """
+    Return whether `func` is a coroutine function, or an object that's called
+    like one.
+    """
+    return iscoroutinefunction(func) or iscoroutinefunction(type(func).__call__)
 
 
 def sync_to_async(func):

@@ -12,7 +12,7 @@ aatomic() would have.
 from contextlib import asynccontextmanager
 
 from django.db import belonging, connections, sharing
-from django.db.async_atomic import ManualTransaction, run_hook
+from django.db.async_atomic import ManualTransaction, run_hook, run_in_thread
 from django.db.async_calls import sync_to_async
 from django.db.utils import DEFAULT_DB_ALIAS
 
@@ -22,6 +22,21 @@ async def _call(using, name, *args):
         return getattr(connections[using or DEFAULT_DB_ALIAS], name)(*args)
 
     return await sync_to_async(call)()
+
+
+async def _call_to_the_end(using, name):
+    """Call a method even if the task is cancelled meanwhile."""
+    alias = using or DEFAULT_DB_ALIAS
+    block = belonging.open_block(alias)
+
+    def call():
+        connection = connections[alias]
+        if block is None or block.manual is None:
+            getattr(connection, name)()
+        else:
+            getattr(block.manual, name)(connection)
+
+    await run_in_thread(call)
 
 
 async def aget_autocommit(using=None):
@@ -48,12 +63,12 @@ async def aset_autocommit(autocommit, using=None):
 
 async def acommit(using=None):
     """Commit a transaction."""
-    await _call(using, "commit")
+    await _call_to_the_end(using, "commit")
 
 
 async def arollback(using=None):
     """Roll back a transaction."""
-    await _call(using, "rollback")
+    await _call_to_the_end(using, "rollback")
 
 
 async def asavepoint_create(using=None):

@@ -55,6 +55,7 @@ from contextvars import ContextVar
 from functools import wraps
 
 from asgiref.local import _Storage
+from asgiref.sync import SyncToAsync
 
 OWN = "own"
 JOIN = "join"
@@ -203,9 +204,13 @@ def current():
     block = None if storage is None else storage.data
     task = running_task()
     if task is None:
+        while block is not None and block.ended and _is_back(block):
+            restore(block)
+            storage = inherited.get(None)
+            block = None if storage is None else storage.data
         return block
     opened = _opened.get(task)
-    if opened is not None and not opened.ended:
+    if opened is not None and (opened.abandoned or not opened.ended):
         # Synchronous code may have entered another one inside.
         return block if opened in chain(block) else opened
     while block is not None and block.task is not None:
@@ -222,6 +227,21 @@ def current():
             break
         block = block.outer and block.outer.data
     return block
+
+
+def _is_back(block):
+    """
+    Return whether async_to_sync() brought the context of a task that opened
+    `block` to this thread, which wasn't started inside.
+    """
+    here = _thread.get_ident()
+    return (
+        block.task is not None
+        and inherited.get().thread_id == here
+        and getattr(working, "task_name", None) is None
+        and asyncio._get_running_loop() is None
+        and not is_running(here, {SyncToAsync.thread_handler.__code__})
+    )
 
 
 def set_current(block):
@@ -290,7 +310,11 @@ def restore(block):
             and outer.data not in around
         ):
             outer = outer.data.outer
-    set_current(outer and outer.data)
+    if outer is not None and outer.data is not None and outer.data.ended:
+        # As it was, for _is_back().
+        inherited.set(outer)
+    else:
+        set_current(outer and outer.data)
 
 
 class Entries:

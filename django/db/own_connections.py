@@ -5,15 +5,21 @@ new_connection() puts a block without an Atomic at the bottom of a fresh
 connection's stack (see django.db.belonging): code inside joins it as it would
 join a transaction, atomic() and aatomic() nest in it, and the connection of a
 transaction around it isn't found any more, until the block is left.
+
+If the event loop is closed with such a block open, nobody leaves it. So while
+there are any in coroutines, a thread looks after their loops.
 """
 
 import asyncio
+import threading
+import time
 from contextlib import suppress
 from functools import partial, wraps
-from inspect import iscoroutinefunction
 
 from django.db import belonging, connections, sharing, threads
-from django.db.async_atomic import make_connection, run_to_the_end
+from django.db.abandoned import cancel_statement
+from django.db.async_atomic import make_connection
+from django.db.async_calls import is_asynchronous
 from django.db.utils import Error, NotSupportedError
 
 
@@ -30,7 +36,7 @@ class NewConnection:
         self._entries = belonging.Entries()
 
     def __call__(self, func):
-        if iscoroutinefunction(func):
+        if is_asynchronous(func):
 
             @wraps(func)
             async def inner(*args, **kwargs):
@@ -55,9 +61,13 @@ class NewConnection:
             belonging.end(block)
 
     async def __aenter__(self):
-        self._begin(task=asyncio.current_task())
+        blocks = self._begin(task=asyncio.current_task())
+        _watch.add(blocks, asyncio.get_running_loop())
 
     async def __aexit__(self, exc_type, exc_value, traceback):
+        if asyncio._get_running_loop() is None:
+            # A coroutine is destroyed whose loop was closed.
+            return
         cancelled = None
         for block in reversed(self._entries.pop()):
             if exc_type is None and cancelled is None:
@@ -65,11 +75,12 @@ class NewConnection:
                     await _wait_for_nested(block)
                 except asyncio.CancelledError as exc:
                     cancelled = exc
-            _, interrupted = await run_to_the_end(
+            _, interrupted = await threads.run_to_the_end(
                 threads.thread_sensitive_executors(), partial(_close, block), None
             )
             cancelled = cancelled or interrupted
             belonging.end(block)
+            _watch.discard(block)
         if cancelled is not None:
             raise cancelled
 
@@ -85,6 +96,7 @@ class NewConnection:
             block.parent = belonging.current()
             belonging.begin(block)
         self._entries.push(blocks)
+        return blocks
 
 
 def new_connection(using=None):
@@ -146,3 +158,54 @@ def _close(block):
     sharing.retire(connection, block)
     with suppress(Error):
         connection.close()
+
+
+class _LoopWatch:
+    """A thread that closes connections of blocks whose loop was closed."""
+
+    def __init__(self):
+        self._loops = {}
+        self._is_running = False
+        # Guards both.
+        self._lock = threading.Lock()
+
+    def add(self, blocks, loop):
+        with self._lock:
+            self._loops.update(dict.fromkeys(blocks, loop))
+            if not self._is_running:
+                name = "loops in new_connection()"
+                threading.Thread(target=self._run, name=name, daemon=True).start()
+                self._is_running = True
+
+    def discard(self, block):
+        with self._lock:
+            self._loops.pop(block, None)
+
+    def _run(self):
+        while blocks := self._next():
+            for block in reversed(blocks):
+                loop = self._loops.get(block)
+                if loop is not None and loop.is_closed():
+                    with suppress(Exception):
+                        self._desert(block)
+                    self.discard(block)
+
+    def _next(self):
+        """Return the open blocks after a while, if there are any."""
+        time.sleep(threads.LOOP_INTERVAL)
+        with self._lock:
+            self._is_running = bool(self._loops)
+            return list(self._loops)
+
+    def _desert(self, block):
+        connection = block.connection
+        belonging.set_current(block)
+        try:
+            cancel_statement(connection, connection.turn.count)
+            with sharing.taking_turn(connection, leaving=True):
+                block.ended = True
+        finally:
+            _close(block)
+
+
+_watch = _LoopWatch()

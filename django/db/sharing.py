@@ -35,6 +35,8 @@ import weakref
 from contextlib import contextmanager, suppress
 from functools import wraps
 
+from asgiref.sync import AsyncToSync
+
 from django.db import belonging
 from django.db.turns import ThreadWaiter, Turn
 
@@ -115,6 +117,17 @@ def unshare(connection):
         turn.changed()
 
 
+def is_awaited(connection):
+    """
+    Return whether there are blocks open on a connection of this thread, which
+    waits in async_to_sync(). A function that it runs meanwhile, for
+    asynchronous code, doesn't close the connection along with others.
+    """
+    return bool(connection.blocks) and belonging.is_running(
+        _thread.get_ident(), {AsyncToSync.__call__.__code__}
+    )
+
+
 def retire(connection, block):
     """
     Refuse what a connection made for `block`, which has ended, is still asked
@@ -128,6 +141,17 @@ def retire(connection, block):
     connection.connect = refuse
     connection.execute_wrappers = [refuse]
     connection._thread_ident = _thread.get_ident()
+
+
+def revive(connection):
+    """
+    Undo retire(), for another block. What still refers to the connection since
+    the one it was made for outlived that, and is refused as such.
+    """
+    del connection.connect
+    connection.execute_wrappers = []
+    share(connection)
+    connection._thread_ident = None
 
 
 # ##### Turns #####
@@ -168,10 +192,18 @@ def taking_turn(connection, leaving=False):
     def ready():
         top = _top(connection)
         ended = block is not None and block.ended
-        return top is block or leaving or ended or occupies(top)
+        replaced = connection.turn is not turn
+        return top is block or leaving or ended or replaced or occupies(top)
 
     if not turn.take(here, ready, TURN_TIMEOUT, waiter_class):
         raise belonging.waited_in_vain(connection, TURN_TIMEOUT)
+    if connection.turn is not turn:
+        # Threads that share the connection by other means: its blocks have
+        # ended, and others may have been entered.
+        turn.give()
+        with taking_turn(connection, leaving):
+            yield
+        return
     call = getattr(belonging.working, "call", None)
     try:
         if block is not None and block.ended:
@@ -210,6 +242,8 @@ def _top(connection):
 def _statement(execute, sql, params, many, context):
     """Execute in turn. This is what share() adds to the execute wrappers."""
     connection, cursor = context["connection"], context["cursor"]
+    if connection.vendor == "mysql" and "close" not in vars(cursor):
+        cursor.close = _closing_in_turn(connection, cursor.cursor.close)
     with taking_turn(connection):
         result = execute(sql, params, many, context)
         if connection.turn is None:
@@ -226,6 +260,21 @@ def _in_turn(connection, fetch):
     def inner(*args, **kwargs):
         with taking_turn(connection):
             return fetch(*args, **kwargs)
+
+    return inner
+
+
+def _closing_in_turn(connection, close):
+    """
+    Return a function for `cursor.close` where closing a cursor asks the
+    connection for further results, which somebody else's statement may have.
+    """
+    from django.db.utils import Error
+
+    def inner():
+        with suppress(Error), connection.wrap_database_errors:
+            with taking_turn(connection, leaving=True):
+                close()
 
     return inner
 
@@ -419,6 +468,15 @@ def _abandon_nested(connection, block, exit):
         nested.ended = nested.abandoned = True
         exit(nested.atomic, connection, Exception, None, None)
         connection.blocks.pop()
+
+
+def abandon_nested(connection, block):
+    """Do so in turn, and without an Atomic for `block`."""
+    # It imports this module.
+    from django.db.transaction import Atomic
+
+    with taking_turn(connection, leaving=True):
+        _abandon_nested(connection, block, Atomic.__exit__.__wrapped__)
 
 
 def _pop(connection):

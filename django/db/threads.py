@@ -15,6 +15,9 @@ function that waits there for its turn on the connection (see
 django.db.sharing) runs what is queued in the meantime. While a function waits
 for an event loop, in async_to_sync() or since it runs one, another thread
 takes the work.
+
+The thread itself is a Worker, which the next transaction of the scope may use
+(see django.db.scopes).
 """
 
 import asyncio
@@ -22,8 +25,11 @@ import threading
 from collections import deque
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
+from queue import SimpleQueue
 
+from asgiref.current_thread_executor import CurrentThreadExecutor
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 
 from django.db import belonging
@@ -40,18 +46,44 @@ RELIEF_INTERVAL = 0.05
 LOOP_INTERVAL = 1
 
 
+class Worker(threading.Thread):
+    """
+    A thread that calls what it's given, as long as that returns true, and
+    `at_end()` then.
+
+    It's a daemon, so that a block which is never left doesn't keep the
+    interpreter from exiting.
+    """
+
+    def __init__(self, at_end):
+        super().__init__(daemon=True)
+        self._at_end = at_end
+        self._queue = SimpleQueue()
+        # While it runs nothing.
+        self.idle_name = f"idle {self.name}"
+
+    def give(self, func):
+        self._queue.put(func)
+
+    def run(self):
+        while self._queue.get()():
+            self.name = self.idle_name
+        self._at_end()
+
+
 class TransactionThread(Executor):
     """
     A thread that starts with its first function and ends with shutdown().
 
     Each thread it consists of calls `at_end()` at its end. If `loop` is closed
     before shutdown() is called, nobody is left to do that: `deserted()` is
-    called in the thread.
+    called in the thread. `worker` is the first one, if there is one to use.
     """
 
-    def __init__(self, name, at_end, loop, deserted):
+    def __init__(self, name, at_end, loop, deserted, worker=None):
         self.name = name
         self._at_end = at_end
+        self._worker = worker
         self._loop = loop
         self._deserted = deserted
         self._work = deque()
@@ -60,8 +92,13 @@ class TransactionThread(Executor):
         self._open = True
         self._count = 0
         self._idle = 0
-        # The idents of the threads that are running a function.
+        # The idents of its threads, and of those that are running a function.
+        self.idents = set()
         self._busy = set()
+        # How many functions that wait have another one on top of them.
+        self._covered = 0
+        # The worker that somebody else uses from now on.
+        self._kept = None
 
     def submit(self, fn, /, *args, **kwargs):
         return self._submit(partial(fn, *args, **kwargs))
@@ -88,15 +125,16 @@ class TransactionThread(Executor):
         return future
 
     def _start(self):
-        # A daemon, so that a block which is never left doesn't keep the
-        # interpreter from exiting.
-        thread = threading.Thread(target=self._run, name=self.name, daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as exc:
-            raise OperationalError(
-                f"No thread could be started for the {self.name}: {exc}."
-            ) from exc
+        worker, self._worker = self._worker, None
+        if worker is None:
+            worker = Worker(self._at_end)
+            try:
+                worker.start()
+            except RuntimeError as exc:
+                raise OperationalError(
+                    f"No thread could be started for the {self.name}: {exc}."
+                ) from exc
+        worker.give(self._run)
         self._count += 1
 
     def _relieve(self):
@@ -119,14 +157,34 @@ class TransactionThread(Executor):
             self._open = False
             self._changed.notify_all()
 
+    def spare_worker(self):
+        """
+        Return the current thread, if after shutdown() it has nothing left to
+        do once its function returns, and no other thread runs any. Else None.
+        """
+        with self._changed:
+            if self._open or self._work or self._covered:
+                return None
+            if self._busy != {threading.get_ident()}:
+                return None
+            return threading.current_thread()
+
+    def keep(self, worker):
+        """Let a spare worker go on after its function has returned."""
+        self._kept = worker
+
     def _run(self):
         belonging.working.waiter_class = partial(_Waiter, self)
-        ident = threading.get_ident()
-        while (work := self._next(ident)) is not None:
+        worker = threading.current_thread()
+        worker.name = self.name
+        self.idents.add(worker.ident)
+        while (work := self._next(worker.ident)) is not None:
             work()
             # Don't keep its result alive until there's more work.
             del work
-        self._at_end()
+        # What refers to the transaction, and to its scope.
+        del belonging.working.waiter_class
+        return self._kept is worker
 
     def _next(self, ident):
         """Return what to do next, or None at the end."""
@@ -207,10 +265,13 @@ class _Waiter:
             if self._granted or not thread._work:
                 return
             work = thread._work.popleft()
+            thread._covered += 1
         # asgiref keeps the caller's loop and task in there.
         caller = dict(vars(SyncToAsync.threadlocal))
         work()
         vars(SyncToAsync.threadlocal).update(caller)
+        with thread._changed:
+            thread._covered -= 1
 
 
 class _TransactionContext(ThreadSensitiveContext):
@@ -283,22 +344,40 @@ def _thread_sensitive_executors(executor, context):
 def thread_sensitive_executors():
     """
     Give the executors that sync_to_async() would use for thread-sensitive
-    functions here, the first that takes them.
+    functions here, the first that takes them. If the first can't get to them,
+    give one with a thread of its own.
     """
+    if is_available():
+        yield from _current_executors()
+    else:
+        yield ThreadPoolExecutor(max_workers=1)
+
+
+def _current_executors():
     return _thread_sensitive_executors(
         getattr(AsyncToSync.executors, "current", None),
         SyncToAsync.thread_sensitive_context.get(None),
     )
 
 
+def executors_outside():
+    """Give those that a transaction around the caller doesn't have."""
+    for executor in thread_sensitive_executors():
+        if not isinstance(executor, (_Route, TransactionThread)):
+            yield executor
+
+
 def is_available():
     """
-    Return whether the thread for thread-sensitive functions isn't the very
-    thread that waits for them, since it runs the current event loop.
+    Return whether the thread for thread-sensitive functions can get to them.
+    It can't while it runs an event loop that waits for them.
     """
-    executor = next(thread_sensitive_executors())
-    threads = getattr(executor, "_threads", ())
-    return threading.current_thread() not in threads
+    executor = next(_current_executors())
+    if isinstance(executor, CurrentThreadExecutor):
+        threads = [executor._work_thread]
+    else:
+        threads = getattr(executor, "_threads", ())
+    return not any(belonging.runs_loop(thread.ident) for thread in threads)
 
 
 def install(block):
@@ -329,3 +408,50 @@ def uninstall(installed):
     with suppress(ValueError):
         SyncToAsync.thread_sensitive_context.reset(token)
         AsyncToSync.executors.current = executor
+
+
+async def run_to_the_end(executors, func, block, urgent=False):
+    """
+    Call `func` in the first executor that takes it, as code inside `block`.
+    Return its result, and the CancelledError that came meanwhile or None.
+    """
+
+    def call():
+        belonging.set_current(block)
+        return func()
+
+    if urgent:
+        executors = map(_Urgent, executors)
+    # A future rather than a task, which asyncio.run() would cancel on its way
+    # out together with the caller.
+    future = asyncio.wrap_future(
+        submit(executors, copy_context().run, belonging.for_task(call))
+    )
+    cancelled = await outlast([future])
+    try:
+        return future.result(), cancelled
+    except Exception as exc:
+        if cancelled is None:
+            raise
+        # Or whoever cancelled the task would never know that it ended for it.
+        raise cancelled from exc
+
+
+async def outlast(futures):
+    """
+    Wait for futures, even if the task is cancelled. Return the CancelledError
+    that came meanwhile, or None.
+    """
+    futures = list(futures)
+    cancelled = None
+    while not all(future.done() for future in futures):
+        try:
+            await asyncio.wait(futures)
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    return cancelled
+
+
+class _Urgent:
+    def __init__(self, executor):
+        self.submit = getattr(executor, "submit_urgent", executor.submit)

@@ -2,7 +2,7 @@ import asyncio
 import threading
 import time
 
-from django.db import connection, sharing
+from django.db import connection, sharing, transaction
 from django.test import TransactionTestCase
 
 from .models import Entry
@@ -16,15 +16,47 @@ def is_in_memory():
     return connection.vendor == "sqlite" and connection.is_in_memory_db()
 
 
+OTHER_SESSIONS = {
+    "postgresql": (
+        "SELECT state FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid() "
+        "AND backend_type = 'client backend'"
+    ),
+    "mysql": (
+        "SELECT COALESCE(trx_state, 'idle') FROM information_schema.PROCESSLIST "
+        "LEFT JOIN information_schema.INNODB_TRX ON id = trx_mysql_thread_id "
+        "WHERE db = DATABASE() AND id <> CONNECTION_ID()"
+    ),
+}
+
+SESSION_ID = {
+    "postgresql": "SELECT pg_backend_pid()",
+    "mysql": "SELECT CONNECTION_ID()",
+}
+
+KILL_SESSION = {
+    "postgresql": "SELECT pg_terminate_backend(%s)",
+    "mysql": "KILL %s",
+}
+
+
 def other_sessions():
     """Return the states of the server's other sessions."""
     with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT state FROM pg_stat_activity "
-            "WHERE datname = current_database() AND pid <> pg_backend_pid() "
-            "AND backend_type = 'client backend'"
-        )
+        cursor.execute(OTHER_SESSIONS[connection.vendor])
         return [state for (state,) in cursor.fetchall()]
+
+
+def session_id():
+    """Return what the server calls the session of the current block."""
+    with transaction.get_connection().cursor() as cursor:
+        cursor.execute(SESSION_ID[connection.vendor])
+        return cursor.fetchone()[0]
+
+
+def kill_session(number):
+    with connection.cursor() as cursor:
+        cursor.execute(KILL_SESSION[connection.vendor], [number])
 
 
 def transaction_threads():
@@ -69,6 +101,12 @@ class AsyncTransactionTestCase(TransactionTestCase):
     available_apps = ["async_transactions"]
 
     def setUp(self):
+        if connection.vendor == "mysql":
+            # InnoDB keeps deleted rows for a while, and whoever inserts the
+            # same unique value waits for a lock on the row next to it.
+            with connection.constraint_checks_disabled():
+                with connection.cursor() as cursor:
+                    cursor.execute(f"TRUNCATE TABLE {Entry._meta.db_table}")
         timeout = sharing.TURN_TIMEOUT
         self.addCleanup(setattr, sharing, "TURN_TIMEOUT", timeout)
         sharing.TURN_TIMEOUT = 10
@@ -80,7 +118,7 @@ class AsyncTransactionTestCase(TransactionTestCase):
         self.assertIsNone(connection.turn)
         self.assertIsNone(connection.lent_by)
         self.assertEqual(connection.execute_wrappers, [])
-        if connection.vendor == "postgresql":
+        if connection.vendor in OTHER_SESSIONS:
             self.assertIs(
                 wait_until(lambda: not self.transactional_sessions()),
                 True,

@@ -5,6 +5,8 @@ Promise 6: the asynchronous counterparts of transaction's functions.
 import asyncio
 import inspect
 
+from asgiref.sync import sync_to_async
+
 from django.db import IntegrityError, connection, transaction
 from django.db.transaction import TransactionManagementError
 
@@ -92,20 +94,6 @@ class FunctionTests(AsyncTransactionTestCase):
             await transaction.aset_rollback(True)
         await self.assertAsyncNames()
 
-    async def test_mark_for_rollback_on_error(self):
-        async with transaction.aatomic():
-            await Entry.objects.acreate(name="a")
-            with self.assertRaises(Rollback):
-                async with transaction.amark_for_rollback_on_error():
-                    raise Rollback
-            self.assertIs(await transaction.aget_rollback(), True)
-        await self.assertAsyncNames()
-        with self.assertRaises(Rollback):
-            async with transaction.amark_for_rollback_on_error():
-                raise Rollback
-        await Entry.objects.acreate(name="b")
-        await self.assertAsyncNames("b")
-
 
 class ManualTransactionTests(AsyncTransactionTestCase):
     async def test_commit_and_rollback(self):
@@ -174,13 +162,6 @@ class ManualTransactionTests(AsyncTransactionTestCase):
         await transaction.aset_autocommit(True)
         await self.assertAsyncNames("a", "b")
 
-    async def test_on_commit(self):
-        await transaction.aset_autocommit(False)
-        msg = "on_commit() cannot be used in manual transaction management"
-        with self.assertRaisesMessage(TransactionManagementError, msg):
-            await transaction.aon_commit(lambda: None)
-        await transaction.aset_autocommit(True)
-
 
 class AutocommitOffTests(AsyncTransactionTestCase):
     """AUTOCOMMIT: False, where a block doesn't commit."""
@@ -224,6 +205,42 @@ class AutocommitOffTests(AsyncTransactionTestCase):
         self.assertEqual(await names(), ["before"])
         await transaction.arollback()
 
+    def check_hooks_of_sync_block(self):
+        called = []
+        with transaction.atomic():
+            transaction.on_commit(lambda: called.append("sync"))
+        transaction.commit()
+        self.assertEqual(called, [])
+        transaction.set_autocommit(True)
+        self.assertEqual(called, ["sync"])
+        transaction.set_autocommit(False)
+
+    async def test_hooks(self):
+        """They're called when autocommit is turned on, as in sync code."""
+        await sync_to_async(self.check_hooks_of_sync_block)()
+        called = []
+
+        async def coroutine_function():
+            called.append("coroutine function")
+
+        async with transaction.aatomic():
+            transaction.on_commit(lambda: called.append("function"))
+            await transaction.aon_commit(coroutine_function)
+            with self.assertRaises(Rollback):
+                async with transaction.aatomic():
+                    transaction.on_commit(lambda: called.append("rolled back"))
+                    raise Rollback
+        await transaction.acommit()
+        self.assertEqual(called, [])
+        await transaction.aset_autocommit(True)
+        self.assertEqual(called, ["function", "coroutine function"])
+        await transaction.aset_autocommit(False)
+
+    async def test_hooks_outside_of_blocks(self):
+        msg = "on_commit() cannot be used in manual transaction management"
+        with self.assertRaisesMessage(TransactionManagementError, msg):
+            await transaction.aon_commit(lambda: None)
+
 
 class AsyncOnCommitTests(AsyncTransactionTestCase):
     def setUp(self):
@@ -253,42 +270,6 @@ class AsyncOnCommitTests(AsyncTransactionTestCase):
             transaction.on_commit(fourth)
             self.assertEqual(self.called, [])
         self.assertEqual(self.called, ["first", "second", "third", "fourth"])
-
-    def test_coroutine_function_in_a_sync_block(self):
-        async def func():
-            await self.ado("async")
-
-        with transaction.atomic():
-            transaction.on_commit(func)
-            self.assertEqual(self.called, [])
-        self.assertEqual(self.called, ["async"])
-
-    async def test_outside_of_transactions(self):
-        async def func():
-            await self.ado("async")
-
-        await transaction.aon_commit(func)
-        await transaction.aon_commit(lambda: self.do("sync"))
-        self.assertEqual(self.called, ["async", "sync"])
-
-    async def test_not_callable(self):
-        msg = "on_commit()'s callback must be a callable."
-        with self.assertRaisesMessage(TypeError, msg):
-            await transaction.aon_commit("not callable")
-
-    async def test_robust(self):
-        async def fail():
-            raise Rollback("robust")
-
-        for block in (True, False):
-            with self.subTest(block=block):
-                with self.assertLogs("django.db.backends.base", "ERROR") as cm:
-                    if block:
-                        async with transaction.aatomic():
-                            await transaction.aon_commit(fail, robust=True)
-                    else:
-                        await transaction.aon_commit(fail, robust=True)
-                self.assertIn("fail in on_commit()", cm.records[0].getMessage())
 
     async def test_registered_by_a_callback(self):
         async def func():

@@ -171,7 +171,7 @@ class OutlivingTests(AsyncTransactionTestCase):
         async def use():
             with self.assertRaises(TransactionManagementError):
                 await sync_to_async(lambda: captured.cursor())()
-            return captured.connection
+            return captured.in_atomic_block
 
         over = asyncio.Event()
 
@@ -184,7 +184,16 @@ class OutlivingTests(AsyncTransactionTestCase):
             task = asyncio.create_task(late())
             await asyncio.sleep(0)
         over.set()
-        self.assertIsNone(await task)
+        self.assertIs(await task, False)
+        # Also while the connection serves another block.
+        over.clear()
+        async with transaction.aatomic():
+            task = asyncio.create_task(late())
+            captured = transaction.get_connection()
+        async with transaction.aatomic():
+            self.assertIs(transaction.get_connection(), captured)
+            over.set()
+            self.assertIs(await task, True)
 
     def test_below_a_sync_block_work_goes_on_in_autocommit(self):
         async def main():

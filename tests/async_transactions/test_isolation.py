@@ -217,17 +217,14 @@ class IsolationTests(AsyncTransactionTestCase):
 
 
 class ResourceTests(AsyncTransactionTestCase):
-    async def test_thread_and_connection_end_with_the_block(self):
+    async def test_the_thread_is_idle_after_the_block(self):
         async with transaction.aatomic():
             await Entry.objects.acreate(name="one")
             self.assertEqual(len(transaction_threads()), 1)
-            block_connection = transaction.get_connection()
         await asyncio.sleep(0.05)
         self.assertEqual(transaction_threads(), [])
-        if not is_in_memory():
-            self.assertIsNone(block_connection.connection)
 
-    async def test_they_end_on_every_path(self):
+    async def test_that_is_so_on_every_path(self):
         async def commits():
             async with transaction.aatomic():
                 await Entry.objects.acreate(name="committed")
@@ -290,7 +287,7 @@ class ResourceTests(AsyncTransactionTestCase):
         self.assertEqual(called, ["committed"])
 
     async def test_failure_to_connect(self):
-        if connection.vendor != "postgresql":
+        if connection.vendor not in ("postgresql", "mysql"):
             self.skipTest("Needs a server that can refuse.")
         settings = connections.settings["default"]
         host, settings["HOST"] = settings["HOST"], "/nowhere"

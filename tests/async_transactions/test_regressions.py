@@ -542,7 +542,11 @@ class MarkTests(AsyncTransactionTestCase):
 
     async def test_savepoint_while_rows_are_returned(self):
         """On SQLite, an INSERT goes on while its rows are fetched."""
-        if not connection.features.can_return_columns_from_insert:
+
+        def returns_rows():
+            return connection.features.can_return_columns_from_insert
+
+        if not await sync_to_async(returns_rows)():
             self.skipTest("Needs INSERT ... RETURNING.")
         executed = threading.Event()
 

@@ -1,0 +1,190 @@
+"""
+What transactions leave to the next one of their scope.
+
+An ASGI request is a scope; outside of requests, a thread with the event loops
+that run in it, or for it in async_to_sync(), is one. An outermost aatomic()
+has a connection and a thread of its own. At its end they're kept, one of each
+for an alias, so that blocks which follow each other don't open a connection
+each. A connection goes back to its pool instead, and is got from there again.
+
+Nothing is in use while it's kept: the connection is retired (see
+django.db.sharing), and the thread waits. A scope closes what it has kept when
+it ends. That of a thread also shows its connections in connections.all() while
+the thread runs no event loop. So it's there, as for the thread's own, that
+close_old_connections() and TransactionTestCase close them.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+import weakref
+from concurrent.futures import Future
+from contextvars import ContextVar
+
+from asgiref.sync import AsyncToSync
+
+logger = logging.getLogger("django.db.backends.base")
+
+# Seconds after which a connection may have been closed by the server, so that
+# it's checked without CONN_HEALTH_CHECKS, too.
+CHECK_AFTER = 10
+
+# The scope of the request that is being handled.
+request = ContextVar("django.db.scopes", default=None)
+
+_threads = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+# What a forked process has inherited and mustn't touch: the sessions are those
+# of its parent, and no thread has come along.
+_inherited = []
+
+
+class Lease:
+    """
+    A connection and a thread for one transaction after the other.
+
+    `worker` may be None, for a new thread.
+    """
+
+    def __init__(self, connection, worker=None):
+        self.connection = connection
+        self.worker = worker
+        self._settings = None
+        self._idle_since = None
+
+    def rest(self):
+        """Note how it is while nobody uses it. No thread may."""
+        self._settings = self.connection.settings_dict.copy()
+        self._idle_since = time.monotonic()
+        self.connection._thread_ident = None
+
+    def fits(self, settings):
+        """Return whether the settings are those it was opened with."""
+        return settings[self.connection.alias] == self._settings
+
+    def prepare(self):
+        """Have the connection checked before it's used, if that's due."""
+        connection = self.connection
+        connection.health_check_done = False
+        connection.health_check_enabled = (
+            connection.settings_dict["CONN_HEALTH_CHECKS"]
+            or time.monotonic() - self._idle_since > CHECK_AFTER
+        )
+
+    def close(self):
+        """Close the connection, and end the thread. Return a Future."""
+        future = Future()
+
+        def close():
+            self.connection._thread_ident = threading.get_ident()
+            close_quietly([self.connection])
+            future.set_result(None)
+
+        self.worker.give(close)
+        return future
+
+
+class Scope:
+    def __init__(self):
+        self._leases = {}
+        self._open = True
+        self._lock = threading.Lock()
+
+    def take(self, alias, settings):
+        """Return what was kept for `alias`, or None."""
+        with self._lock:
+            lease = self._leases.pop(alias, None)
+        if lease is not None and not lease.fits(settings):
+            lease.close()
+            return None
+        if lease is not None:
+            lease.prepare()
+        return lease
+
+    def keep(self, lease):
+        """
+        Keep a connection and thread that aren't in use any more, unless there
+        are such already. Return whether that's so.
+        """
+        with self._lock:
+            if not self._open or lease.connection.alias in self._leases:
+                return False
+            lease.rest()
+            self._leases[lease.connection.alias] = lease
+            return True
+
+    def show(self):
+        """Return the open connections, which the current thread may close."""
+        with self._lock:
+            shown = [
+                lease.connection
+                for lease in self._leases.values()
+                if lease.connection.connection is not None
+            ]
+            for connection in shown:
+                connection._thread_ident = threading.get_ident()
+            return shown
+
+    def close(self):
+        """Close what was kept, in its threads. Return their Futures."""
+        with self._lock:
+            self._open = False
+            leases, self._leases = self._leases, {}
+        return [lease.close() for lease in leases.values()]
+
+    __del__ = close
+
+
+def close_quietly(connections):
+    """Close each of them, whatever becomes of the others."""
+    for connection in connections:
+        try:
+            connection.close()
+        except Exception:
+            logger.exception(
+                "Error closing a connection to the database '%s'.", connection.alias
+            )
+
+
+def current():
+    """Return the scope of the current task."""
+    if (scope := request.get()) is not None:
+        return scope
+    thread = threading.current_thread()
+    # The thread that waits for the event loop, if it's in async_to_sync().
+    executor = AsyncToSync.loop_thread_executors.get(asyncio.get_running_loop())
+    thread = getattr(executor, "_work_thread", thread)
+    with _making:
+        if thread not in _threads:
+            _threads[thread] = Scope()
+        return _threads[thread]
+
+
+def idle_connections():
+    """
+    Return the connections that the scope of the current thread keeps, if it
+    runs no event loop that could take them in the meantime.
+    """
+    scope = _threads.get(threading.current_thread())
+    if (
+        scope is None
+        or asyncio._get_running_loop() is not None
+        or getattr(AsyncToSync.executors, "current", None) is not None
+    ):
+        return []
+    return scope.show()
+
+
+def _disown():
+    _inherited.extend(_threads.values())
+    _threads.clear()
+    if (scope := request.get()) is not None:
+        _inherited.append(scope)
+        request.set(None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown)

@@ -1,0 +1,130 @@
+"""
+What the database server knows of its sessions, and what it does to them.
+
+Everything here works on a session of its own, which isn't from a pool, and in
+threads that don't run an event loop. A vendor that has an entry in each of
+the dictionaries is supported.
+"""
+
+import threading
+from contextlib import contextmanager
+
+from django.db import connection, transaction
+from django.db.backends.base.base import NO_DB_ALIAS
+
+# The identifier of the session that evaluates it.
+SESSION_ID = {
+    "postgresql": "pg_backend_pid()",
+}
+
+# The identifiers of the other sessions in this database.
+SESSIONS = {
+    "postgresql": (
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() "
+        "AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+    ),
+}
+
+# Those of them in which a statement or a transaction is under way.
+BUSY_SESSIONS = {
+    "postgresql": f"{SESSIONS['postgresql']} AND state <> 'idle'",
+}
+
+# A row if a session runs a statement.
+STATEMENTS = {
+    "postgresql": "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'",
+}
+
+CANCEL_QUERY = {
+    "postgresql": "SELECT pg_cancel_backend(%s)",
+}
+
+END_SESSION = {
+    "postgresql": "SELECT pg_terminate_backend(%s, 5000)",
+}
+
+# What the driver's exceptions say afterwards.
+QUERY_CANCELLED = {
+    "postgresql": "canceling statement due to user request",
+}
+SESSION_ENDED = {
+    "postgresql": "terminating connection due to administrator command",
+}
+
+
+def is_supported():
+    return connection.vendor in SESSIONS
+
+
+def session_id():
+    """Return the identifier of the session that this code uses."""
+    with transaction.get_connection().cursor() as cursor:
+        cursor.execute(f"SELECT {SESSION_ID[connection.vendor]}")
+        return cursor.fetchone()[0]
+
+
+def is_running(session):
+    """Return whether a session runs a statement."""
+    return bool(ask(STATEMENTS, session))
+
+
+@contextmanager
+def observer():
+    """Give a function that runs one of these queries, in any thread."""
+    other = connection.copy(NO_DB_ALIAS)
+    other.inc_thread_sharing()
+
+    def query(queries, *params):
+        with other.cursor() as cursor:
+            cursor.execute(queries[connection.vendor], params)
+            return [row for row, *_ in cursor.fetchall()] if cursor.description else []
+
+    try:
+        yield query
+    finally:
+        other.close()
+
+
+def ask(queries, *params):
+    with observer() as query:
+        return query(queries, *params)
+
+
+def end_busy_sessions():
+    """Don't let a failed test's locks stop the flush of the tables."""
+    if is_supported():
+        for session in ask(BUSY_SESSIONS):
+            ask(END_SESSION, session)
+
+
+class SessionWatch:
+    """
+    While it's entered, look from another thread which sessions there are that
+    weren't there before.
+    """
+
+    def __enter__(self):
+        self.seen = set()
+        # How many there were at the same time.
+        self.most = 0
+        self._left = threading.Event()
+        began = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=[began])
+        self._thread.start()
+        began.wait(10)
+        return self
+
+    def __exit__(self, exc_type, exc_value, traceback):
+        self._left.set()
+        self._thread.join(10)
+
+    def _watch(self, began):
+        with observer() as query:
+            before = set(query(SESSIONS))
+            began.set()
+            is_last = False
+            while not is_last:
+                is_last = self._left.wait(0.005)
+                found = set(query(SESSIONS)) - before
+                self.seen |= found
+                self.most = max(self.most, len(found))

@@ -1,0 +1,184 @@
+"""
+Promise 9: blocks that follow each other share a connection and a thread.
+"""
+
+import asyncio
+import gc
+import threading
+
+from asgiref.sync import async_to_sync, sync_to_async
+
+from django.db import (
+    close_old_connections,
+    connection,
+    connections,
+    scopes,
+    transaction,
+)
+
+from .base import (
+    AsyncTransactionTestCase,
+    Rollback,
+    is_in_memory,
+    names,
+    wait_until,
+)
+from .models import Entry
+
+
+async def block(exception=None):
+    """Return the connection of a block, its session, and its thread."""
+    async with transaction.aatomic():
+        await names()
+        connection = transaction.get_connection()
+        thread = await sync_to_async(threading.current_thread)()
+        session = connection.connection
+        if exception is not None:
+            raise exception
+    return connection, session, thread
+
+
+class ScopeTests(AsyncTransactionTestCase):
+    def setUp(self):
+        super().setUp()
+        if is_in_memory():
+            self.skipTest("An in-memory database has but one connection.")
+        connections.close_all()
+
+    def tearDown(self):
+        connections.close_all()
+
+    async def assertReused(self, *lease):
+        self.assertEqual(await block(), lease)
+
+    async def test_blocks_follow_each_other(self):
+        lease = await block()
+        for _ in range(3):
+            await self.assertReused(*lease)
+
+    async def test_after_a_rollback(self):
+        lease = await block()
+        with self.assertRaises(Rollback):
+            await block(Rollback())
+        await self.assertReused(*lease)
+
+    async def test_after_a_cancellation(self):
+        lease = await block()
+        with self.assertRaises(asyncio.CancelledError):
+            await block(asyncio.CancelledError())
+        await self.assertReused(*lease)
+
+    async def test_after_gather(self):
+        lease = await block()
+        async with transaction.aatomic():
+            await asyncio.gather(*(names() for _ in range(5)))
+        await self.assertReused(*lease)
+
+    async def test_after_a_loop_in_the_block(self):
+        lease = await block()
+        async with transaction.aatomic():
+            await sync_to_async(lambda: async_to_sync(names)())()
+        connection, session, _ = await block()
+        self.assertEqual((connection, session), lease[:2])
+
+    async def test_one_of_many_is_kept(self):
+        leases = await asyncio.gather(*(block() for _ in range(3)))
+        self.assertEqual(len({lease[1] for lease in leases}), 3)
+        first = await block()
+        self.assertIn(first, leases)
+        await self.assertReused(*first)
+        others = [connection for connection, _, _ in leases if connection != first[0]]
+        self.assertIs(wait_until(lambda: not any(c.connection for c in others)), True)
+
+    def test_one_loop_after_the_other(self):
+        lease = async_to_sync(block)()
+        self.assertEqual(async_to_sync(block)(), lease)
+
+        async def runs():
+            return await block()
+
+        lease = asyncio.run(runs())
+        self.assertEqual(asyncio.run(runs()), lease)
+
+    def test_close_all(self):
+        connection, session, thread = async_to_sync(block)()
+        connections.close_all()
+        self.assertIsNone(connection.connection)
+        again = async_to_sync(block)()
+        self.assertIs(again[2], thread)
+        self.assertIsNot(again[1], session)
+
+    def test_close_old_connections(self):
+        connection, session, _ = async_to_sync(block)()
+        connection.close_at = None
+        close_old_connections()
+        self.assertIs(async_to_sync(block)()[1], session)
+        connection.close_at = 0
+        close_old_connections()
+        self.assertIsNone(connection.connection)
+
+    async def test_not_while_it_could_be_taken(self):
+        """A task closes nothing that another one is about to use."""
+        connection, session, _ = await block()
+        await sync_to_async(connections.close_all)()
+        self.assertIs(connection.connection, session)
+
+    async def test_a_broken_connection_is_not_kept(self):
+        _, session, _ = await block()
+        with self.assertRaises(Exception):
+            async with transaction.aatomic():
+                await sync_to_async(transaction.get_connection().connection.close)()
+                await names()
+        self.assertIsNot((await block())[1], session)
+
+    async def test_a_connection_is_checked_after_a_while(self):
+        if connection.vendor == "sqlite":
+            self.skipTest("SQLite's connections count as usable in any case.")
+        _, session, _ = await block()
+        session.close()
+        self.addCleanup(setattr, scopes, "CHECK_AFTER", scopes.CHECK_AFTER)
+        scopes.CHECK_AFTER = 0
+        self.assertIsNot((await block())[1], session)
+
+    async def test_what_a_thread_may_still_use_is_not_kept(self):
+        _, session, _ = await block()
+        async with transaction.aatomic():
+            await asyncio.to_thread(Entry.objects.count)
+        self.assertIsNot((await block())[1], session)
+
+    async def test_other_settings(self):
+        _, session, _ = await block()
+        settings = connection.settings_dict
+        self.addCleanup(settings.update, CONN_MAX_AGE=settings["CONN_MAX_AGE"])
+        settings["CONN_MAX_AGE"] = 60
+        self.assertIsNot((await block())[1], session)
+
+    async def test_autocommit_and_wrappers_are_those_of_a_new_connection(self):
+        def wrapper(execute, *args):
+            return execute(*args)
+
+        async with transaction.aatomic():
+            transaction.get_connection().execute_wrappers.append(wrapper)
+            await transaction.asavepoint_create()
+            await transaction.aset_rollback(True)
+        async with transaction.aatomic():
+            connection = transaction.get_connection()
+            self.assertNotIn(wrapper, connection.execute_wrappers)
+            self.assertEqual(connection.savepoint_ids, [])
+            self.assertIs(await transaction.aget_rollback(), False)
+            self.assertIs(await transaction.aget_autocommit(), False)
+            self.assertEqual(connection.run_on_commit, [])
+
+    def test_the_end_of_a_thread_is_the_end_of_its_scope(self):
+        leases = []
+        thread = threading.Thread(
+            target=lambda: leases.append(asyncio.run(block())),
+        )
+        thread.start()
+        thread.join()
+        del thread
+        gc.collect()
+        [(connection, _, worker)] = leases
+        worker.join(10)
+        self.assertIs(worker.is_alive(), False)
+        self.assertIsNone(connection.connection)
