@@ -58,7 +58,13 @@ async def aset_autocommit(autocommit, using=None):
     elif autocommit and block is not None and block.manual is not None:
         await block.manual.leave()
     else:
-        await _call(using, "set_autocommit", autocommit)
+        await sync_to_async(_set_autocommit)(alias, autocommit)
+
+
+def _set_autocommit(alias, autocommit):
+    connection = connections[alias]
+    connection.set_autocommit(autocommit)
+    sharing.note_autocommit(connection)
 
 
 async def acommit(using=None):

@@ -96,6 +96,8 @@ class Block:
     thread = None
     # The ManualTransaction whose time it is.
     manual = None
+    # It's the time between set_autocommit(False) and set_autocommit(True).
+    by_hand = False
     # An exception to roll back for, raised while a block nested in it, of
     # another task, was open.
     failure = None

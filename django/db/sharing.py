@@ -497,6 +497,23 @@ def _pop(connection):
         unshare(connection)
 
 
+def note_autocommit(connection):
+    """
+    Open a block when synchronous code begins to manage transactions manually,
+    and close it when that ends.
+    """
+    if connection.autocommit:
+        if len(connection.blocks) == 1 and connection.blocks[0].by_hand:
+            _pop(connection)
+    elif (
+        not connection.blocks
+        and connection._thread_ident is not None
+        and connection.settings_dict["AUTOCOMMIT"]
+    ):
+        _push(connection, None, belonging.current())
+        connection.blocks[0].by_hand = True
+
+
 def forget_blocks(connection):
     """
     Drop the blocks that a connection was closed in, when it's opened. Strict
