@@ -119,7 +119,7 @@ class PostgreSQLTests(ProjectTestsMixin, unittest.TestCase):
         cls.url = cls.enterClassContext(postgres.server())
 
     def databases(self):
-        return run_tests.postgresql(self.url)
+        return run_tests.on_server(postgres.database_settings(self.url))
 
 
 if __name__ == "__main__":
