@@ -77,7 +77,10 @@ class OwnServer:
 
     @contextlib.contextmanager
     def running(self, command, directory, identity, is_ready):
-        """Run the server until the end of the block. is_ready() begins it."""
+        """
+        Run the server until the end of the block. is_ready() begins it, and
+        the process is its value.
+        """
         with open(directory / "log", "ab") as log:
             process = subprocess.Popen(
                 command,
@@ -94,7 +97,7 @@ class OwnServer:
             )
         try:
             self.wait_until_ready(process, directory, is_ready)
-            yield
+            yield process
         finally:
             stop(process, (self.stop_signal, signal.SIGKILL))
 

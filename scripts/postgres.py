@@ -50,6 +50,19 @@ def server(path=None):
     if url := os.environ.get("DATABASE_URL"):
         yield url
         return
+    with cluster(path) as (url, running), running():
+        yield url
+
+
+@contextlib.contextmanager
+def cluster(path=None):
+    """
+    Create a server's data, and delete it at the end of the block.
+
+    Yield the server's URL and running(), a context manager: the server runs in
+    its block, whose value is the process. Once that has ended, the server can
+    be started again.
+    """
     install = find_install(path)
     with SERVER.directory() as directory:
         identity = unprivileged_identity(directory)
@@ -67,8 +80,10 @@ def server(path=None):
         command = [install / "bin" / "postgres", "-D", data, "-k", directory]
         for name, value in SETTINGS.items():
             command += ["-c", f"{name}={value}"]
-        with SERVER.running(command, directory, identity, is_ready):
-            yield f"postgresql://postgres@/postgres?host={directory}&port=5432"
+        yield (
+            f"postgresql://postgres@/postgres?host={directory}&port=5432",
+            lambda: SERVER.running(command, directory, identity, is_ready),
+        )
 
 
 def database_settings(url):

@@ -2,6 +2,7 @@
 Promise 7: the server is restarted while a program is inside of blocks.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,12 +11,18 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import unittest
 
 import postgres
 import run_tests
+from own_server import stop
+from own_server_cases import kill_group
 
 SCRIPTS = pathlib.Path(postgres.__file__).parent
+
+# Seconds after which the program hangs.
+TIMEOUT = 120
 
 PROGRAM = """
     import asyncio
@@ -83,6 +90,7 @@ PROGRAM = """
 
     async def main():
         async with transaction.aatomic():
+            await execute("DROP TABLE IF EXISTS names")
             await execute("CREATE TABLE names (name text)")
         for function in (
             between_statements, before_commit, in_a_nested_block, during_a_statement
@@ -120,30 +128,9 @@ class RestartTests(unittest.TestCase):
         cls.addClassCleanup(temp_dir.cleanup)
         cls.tree = pathlib.Path(temp_dir.name) / "django"
         run_tests.materialise(cls.tree)
+        cls.cluster = cls.enterClassContext(postgres.cluster())
 
-    def setUp(self):
-        temp_dir = tempfile.TemporaryDirectory(prefix="pg-", dir=postgres.TEMP_DIR)
-        self.addCleanup(temp_dir.cleanup)
-        self.directory = pathlib.Path(temp_dir.name)
-        self.install, self.identity = postgres.find_install(), {}
-        if os.geteuid() == 0:
-            self.install, self.identity = postgres.prepare_unprivileged(
-                self.install, self.directory
-            )
-        postgres.initialize(self.install, self.directory, self.identity)
-        self.start_server()
-        self.addCleanup(self.stop_server, signal.SIGQUIT)
-
-    def start_server(self):
-        self.server = postgres.start(self.install, self.directory, self.identity)
-        postgres.wait_until_ready(self.server, self.directory)
-
-    def stop_server(self, signum):
-        postgres.stop(self.server, (signum, signal.SIGKILL))
-        (self.directory / "data" / "postmaster.pid").unlink(missing_ok=True)
-
-    def start_program(self, *arguments):
-        url = f"postgresql://postgres@/postgres?host={self.directory}&port=5432"
+    def start_program(self, url, *arguments):
         program = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments],
             stdin=subprocess.PIPE,
@@ -154,19 +141,27 @@ class RestartTests(unittest.TestCase):
                 "DATABASE_URL": url,
                 "PYTHONPATH": os.pathsep.join([str(self.tree), str(SCRIPTS)]),
             },
+            process_group=0,
         )
         self.addCleanup(program.communicate)
-        self.addCleanup(program.kill)
+        self.addCleanup(kill_group, program)
+        timer = threading.Timer(TIMEOUT, kill_group, [program])
+        timer.start()
+        self.addCleanup(timer.cancel)
         return program
 
     def restart(self, signum, error, *arguments):
-        program = self.start_program(*arguments)
+        url, running = self.cluster
+        servers = self.enterContext(contextlib.ExitStack())
+        server = servers.enter_context(running())
+        program = self.start_program(url, *arguments)
         blocks = []
         for line in program.stdout:
             message = json.loads(line)
             if "restart" in message:
-                self.stop_server(signum)
-                self.start_server()
+                stop(server, [signum])
+                self.assertIsNotNone(server.returncode, "The server does not stop.")
+                server = servers.enter_context(running())
                 program.stdin.write("restarted\n")
                 program.stdin.flush()
             elif "name" in message:
