@@ -42,6 +42,7 @@ import run_tests
 from chain import ChainError, Unusable
 from gittree import Git
 from materialise import require_clean, require_tree
+from own_server import ServerError, unwind_on_termination
 from run_tests import TestsError
 
 SETTINGS_MODULE = "settings_of_run_upstream"
@@ -157,15 +158,11 @@ def databases(kind):
     """Yield DATABASES with empty databases."""
     if kind == "sqlite-memory":
         yield run_tests.sqlite_memory()
-    elif "DATABASE_URL" in os.environ:
-        yield run_tests.postgresql(os.environ["DATABASE_URL"])
     else:
-        with (
-            postgres.server() as url,
-            tempfile.TemporaryDirectory(prefix="pg-", dir=postgres.TEMP_DIR) as name,
-        ):
-            settings = run_tests.postgresql(url)
-            complete_server(url, pathlib.Path(name))
+        with postgres.server() as url, postgres.SERVER.directory() as directory:
+            settings = run_tests.on_server(postgres.database_settings(url))
+            if not os.environ.get("DATABASE_URL"):
+                complete_server(url, directory)
             yield settings
 
 
@@ -360,7 +357,7 @@ def parse(arguments):
 def main(arguments):
     """Run the command line; return the exit code."""
     options = parse(arguments)
-    postgres.unwind_on_termination()
+    unwind_on_termination()
     timeout = 60 * options.timeout
     suite = [*options.labels, f"--parallel={options.parallel}"]
     key = shlex.join([options.database, *suite])
@@ -391,7 +388,7 @@ def main(arguments):
                 lambda failures: run_again(trees, options.database, failures, timeout),
             )
             return 0 if good else 1
-    except (TestsError, ChainError, Unusable, postgres.ServerError) as error:
+    except (TestsError, ChainError, Unusable, ServerError) as error:
         print(f"run_upstream.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

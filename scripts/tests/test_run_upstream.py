@@ -163,7 +163,7 @@ class CommandTests(unittest.TestCase):
         with (
             contextlib.redirect_stdout(stdout),
             contextlib.redirect_stderr(stderr),
-            mock.patch("postgres.unwind_on_termination"),
+            mock.patch("run_upstream.unwind_on_termination"),
         ):
             code = run_upstream.main(
                 ["sqlite-memory", "--tree", str(self.tree), *arguments]
