@@ -15,6 +15,7 @@ nobody there to end what it began. If entering was cancelled, it's undone.
 
 import asyncio
 import logging
+import weakref
 from _thread import get_ident
 from contextlib import suppress
 from copy import copy
@@ -227,7 +228,7 @@ class _Nested(_Entry):
                 return True
         if self.outer.strict:
             # Not to be committed, or else without what it's a part of.
-            raise belonging.outlived(self.outer)
+            raise belonging.outlived(self.outer.alias, self.outer)
         return False
 
     def _enter_atomic(self):
@@ -254,8 +255,6 @@ class _Transaction(_Entry):
         lease = self.scope.take(block.alias, connections.settings)
         if lease is None:
             lease = scopes.Lease(make_connection(block.alias))
-        else:
-            sharing.revive(lease.connection)
         block.connection = connection = lease.connection
         if _is_single(connection):
             try:
@@ -266,7 +265,7 @@ class _Transaction(_Entry):
                 raise
         block.thread = self.executor = threads.TransactionThread(
             f"transaction of {block}",
-            at_end=connections.close_all,
+            clean_up=scopes.close_those_of_the_thread,
             loop=asyncio.get_running_loop(),
             deserted=self._desert,
             worker=lease.worker,
@@ -328,9 +327,7 @@ class _Transaction(_Entry):
         # finds a turn has to find the block that it waits for.
         lender.blocks.append(self.block)
         sharing.share(lender, lent=True)
-        for name in LENT_ATTRIBUTES:
-            if name in vars(lender):
-                setattr(self.block.connection, name, getattr(lender, name))
+        _copy(LENT_ATTRIBUTES, lender, self.block.connection)
         return lender, None
 
     def _give_back(self):
@@ -375,13 +372,16 @@ class _Transaction(_Entry):
                 if connection.connection is not None:
                     connection.connection.close()
             _close(connection)
-        elif not _is_keepable(connection):
-            _close(connection)
+        else:
+            close_cursors(connection)
+            if not _is_keepable(connection):
+                _close(connection)
         if worker is not None:
-            if self.scope.keep(scopes.Lease(connection, worker)):
+            lease = scopes.Lease(_successor(connection), worker)
+            if self.scope.keep(lease):
                 self.executor.keep(worker)
             else:
-                _close(connection)
+                _close(lease.connection)
         # It closes what it keeps when nobody refers to it any more.
         self.scope = None
 
@@ -453,17 +453,18 @@ class ManualTransaction(_Transaction):
 
 
 # The state of a connection that stands for the session of the driver.
-LENT_ATTRIBUTES = [
+SESSION_ATTRIBUTES = [
     "autocommit",
     "close_at",
     "connection",
-    "force_debug_cursor",
     "health_check_done",
     "health_check_enabled",
     "isolation_level",
-    "queries_log",
+    "mysql_server_data",
     "transaction_mode",
 ]
+
+LENT_ATTRIBUTES = [*SESSION_ATTRIBUTES, "force_debug_cursor", "queries_log"]
 
 
 def make_connection(alias):
@@ -478,9 +479,48 @@ def make_connection(alias):
     if connection.settings_dict["OPTIONS"].get("pool"):
         connect = connection.get_new_connection
         connection.get_new_connection = partial(_get_pooled, connection, connect)
+    connection.cursors = weakref.WeakSet()
+    connection.create_cursor = _noting(connection.cursors, connection.create_cursor)
     sharing.share(connection)
     connection._thread_ident = None
     return connection
+
+
+def _successor(connection):
+    """
+    Return a connection which has the session of a retired one. What still
+    refers to that doesn't get at the session.
+    """
+    successor = make_connection(connection.alias)
+    _copy(SESSION_ATTRIBUTES, connection, successor)
+    connection.connection = None
+    return successor
+
+
+def _copy(names, source, target):
+    for name in names:
+        if name in vars(source):
+            setattr(target, name, getattr(source, name))
+
+
+def _noting(cursors, create_cursor):
+    @wraps(create_cursor)
+    def inner(*args, **kwargs):
+        cursor = create_cursor(*args, **kwargs)
+        cursors.add(cursor)
+        return cursor
+
+    return inner
+
+
+def close_cursors(connection):
+    """
+    Close the driver's cursors. Not everything that they're asked for gets past
+    the connection, which refuses it, and on SQLite they hold what they read.
+    """
+    for cursor in list(connection.cursors):
+        with suppress(Error), connection.wrap_database_errors:
+            cursor.close()
 
 
 def _close(connection):

@@ -411,7 +411,7 @@ def _find(matches, refuse=True):
             runs_loop=lambda: runs_loop(block.thread_ident),
         )
         if decision is REFUSE and refuse:
-            raise outlived(block)
+            raise outlived(block.alias, block)
         if decision is not SKIP:
             return block if decision is JOIN else None
     return None
@@ -442,14 +442,7 @@ def joined(connection):
 
     Raise TransactionManagementError if it outlived the block.
     """
-    block = _find(
-        lambda block: (
-            block.connection is connection
-            # A transaction about to begin isn't inside of an earlier one.
-            and (block.entered or block.thread is not None)
-        )
-    )
-    return block if block is not None and block.entered else None
+    return _find(lambda block: block.connection is connection and block.entered)
 
 
 # ##### Refusals #####
@@ -465,12 +458,12 @@ def error(message):
     return exc
 
 
-def outlived(block):
+def outlived(alias, opener):
     return error(
-        f"{execution_name()} can't use the database '{block.alias}' any more, "
-        f"because the block that it was started in, opened by {block}, has ended. "
-        "Await it inside the block, leave what has to follow the commit to "
-        "on_commit(), or open a block of its own or new_connection()."
+        f"{execution_name()} can't use the database '{alias}' any more, because the "
+        f"block that it was started in, opened by {opener}, has ended. Await it "
+        "inside the block, leave what has to follow the commit to on_commit(), or "
+        "open a block of its own or new_connection()."
     )
 
 

@@ -11,13 +11,14 @@ Tasks that go on after their request get another such thread. Its connections
 are closed when the last of them has finished.
 """
 
+import _thread
 import asyncio
 import weakref
 from contextlib import asynccontextmanager, suppress
 
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext
 
-from django.db import connections, scopes, threads
+from django.db import scopes, threads
 
 
 @asynccontextmanager
@@ -26,7 +27,7 @@ async def request_scope():
     Give a request its thread, and release its connections on every way out.
 
     Inside of another ThreadSensitiveContext, the thread and its connections
-    belong to that.
+    belong to that. What transactions have left is still closed here.
     """
     outer = scopes.request.get()
     async with ThreadSensitiveContext() as context:
@@ -34,7 +35,7 @@ async def request_scope():
         scopes.request.set(scope)
         # The contexts of the request's tasks hold it, so it lives for as long
         # as the last one.
-        weakref.finalize(scope, _release, context).atexit = False
+        weakref.finalize(scope, _release_later, context).atexit = False
         try:
             yield
         finally:
@@ -54,9 +55,14 @@ def _release(context):
         return []
     # It may have been shut down.
     with suppress(RuntimeError):
-        return [executor.submit(_close_connections)]
+        return [executor.submit(scopes.close_those_of_the_thread)]
     return []
 
 
-def _close_connections():
-    scopes.close_quietly(connections.all(initialized_only=True))
+def _release_later(context):
+    """
+    Do so in another thread. The garbage collector may call this anywhere, also
+    while this thread holds locks that submit() needs.
+    """
+    if context in SyncToAsync.context_to_thread_executor:
+        _thread.start_new_thread(_release, (context,))

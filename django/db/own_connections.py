@@ -18,7 +18,7 @@ from functools import partial, wraps
 
 from django.db import belonging, connections, sharing, threads
 from django.db.abandoned import cancel_statement
-from django.db.async_atomic import make_connection
+from django.db.async_atomic import close_cursors, make_connection
 from django.db.async_calls import is_asynchronous
 from django.db.utils import Error, NotSupportedError
 
@@ -154,8 +154,11 @@ def _open(alias, task):
 
 
 def _close(block):
-    connection = block.connection
+    connection, turn = block.connection, block.connection.turn
     sharing.retire(connection, block)
+    if turn is None or not turn.depth:
+        # Or else a statement is running, and no pool takes it back like that.
+        close_cursors(connection)
     with suppress(Error):
         connection.close()
 

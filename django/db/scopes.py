@@ -7,11 +7,15 @@ has a connection and a thread of its own. At its end they're kept, one of each
 for an alias, so that blocks which follow each other don't open a connection
 each. A connection goes back to its pool instead, and is got from there again.
 
-Nothing is in use while it's kept: the connection is retired (see
-django.db.sharing), and the thread waits. A scope closes what it has kept when
-it ends. That of a thread also shows its connections in connections.all() while
-the thread runs no event loop. So it's there, as for the thread's own, that
-close_old_connections() and TransactionTestCase close them.
+Nothing is in use while it's kept: the thread waits, and the session has a
+connection that no block has had, since the last one's is retired (see
+django.db.sharing). But what a block did to the session itself with SET,
+temporary tables or advisory locks stays, as it does on a thread's connection.
+
+A scope closes what it has kept when it ends. That of a thread also shows its
+connections in connections.all() while the thread runs no event loop. So it's
+there, as for the thread's own, that close_old_connections() and
+TransactionTestCase close them.
 """
 
 import asyncio
@@ -35,7 +39,6 @@ CHECK_AFTER = 10
 request = ContextVar("django.db.scopes", default=None)
 
 _threads = weakref.WeakKeyDictionary()
-_making = threading.Lock()
 
 # What a forked process has inherited and mustn't touch: the sessions are those
 # of its parent, and no thread has come along.
@@ -46,7 +49,7 @@ class Lease:
     """
     A connection and a thread for one transaction after the other.
 
-    `worker` may be None, for a new thread.
+    `worker` is None for the first one, which starts it.
     """
 
     def __init__(self, connection, worker=None):
@@ -56,18 +59,21 @@ class Lease:
         self._idle_since = None
 
     def rest(self):
-        """Note how it is while nobody uses it. No thread may."""
+        """Note how it is while nobody uses it."""
         self._settings = self.connection.settings_dict.copy()
         self._idle_since = time.monotonic()
-        self.connection._thread_ident = None
 
     def fits(self, settings):
         """Return whether the settings are those it was opened with."""
-        return settings[self.connection.alias] == self._settings
+        return settings.get(self.connection.alias) == self._settings
 
     def prepare(self):
-        """Have the connection checked before it's used, if that's due."""
+        """
+        Bind the connection to no thread any more (see Scope.show()). Have it
+        checked before it's used, if that's due.
+        """
         connection = self.connection
+        connection._thread_ident = None
         connection.health_check_done = False
         connection.health_check_enabled = (
             connection.settings_dict["CONN_HEALTH_CHECKS"]
@@ -80,8 +86,11 @@ class Lease:
 
         def close():
             self.connection._thread_ident = threading.get_ident()
-            close_quietly([self.connection])
-            future.set_result(None)
+            try:
+                close_quietly([self.connection])
+            finally:
+                # The end of a request waits for it.
+                future.set_result(None)
 
         self.worker.give(close)
         return future
@@ -149,6 +158,14 @@ def close_quietly(connections):
             )
 
 
+def close_those_of_the_thread():
+    """Close the connections that the current thread has for itself."""
+    # It imports this module.
+    from django.db import connections
+
+    close_quietly(connections.all(initialized_only=True))
+
+
 def current():
     """Return the scope of the current task."""
     if (scope := request.get()) is not None:
@@ -157,10 +174,8 @@ def current():
     # The thread that waits for the event loop, if it's in async_to_sync().
     executor = AsyncToSync.loop_thread_executors.get(asyncio.get_running_loop())
     thread = getattr(executor, "_work_thread", thread)
-    with _making:
-        if thread not in _threads:
-            _threads[thread] = Scope()
-        return _threads[thread]
+    # Without a lock, which a fork could leave locked.
+    return _threads.get(thread) or _threads.setdefault(thread, Scope())
 
 
 def idle_connections():

@@ -134,24 +134,16 @@ def retire(connection, block):
     for. Bind it to the current thread, which may close it.
     """
 
+    # Not the block: it refers to the connection.
+    alias, opener = block.alias, str(block)
+
     def refuse(*args):
-        raise belonging.outlived(block)
+        raise belonging.outlived(alias, opener)
 
     unshare(connection)
     connection.connect = refuse
     connection.execute_wrappers = [refuse]
     connection._thread_ident = _thread.get_ident()
-
-
-def revive(connection):
-    """
-    Undo retire(), for another block. What still refers to the connection since
-    the one it was made for outlived that, and is refused as such.
-    """
-    del connection.connect
-    connection.execute_wrappers = []
-    share(connection)
-    connection._thread_ident = None
 
 
 # ##### Turns #####
@@ -207,7 +199,7 @@ def taking_turn(connection, leaving=False):
     call = getattr(belonging.working, "call", None)
     try:
         if block is not None and block.ended:
-            raise belonging.outlived(block)
+            raise belonging.outlived(block.alias, block)
         if turn.depth == 1:
             if turn.cancelled is not None:
                 turn.cancelled.wait()
@@ -229,7 +221,7 @@ def _check(connection, block, call):
         raise belonging.call_abandoned(connection.alias)
     for outer in belonging.chain(block):
         if outer.leaving and outer.connection is connection:
-            raise belonging.outlived(outer)
+            raise belonging.outlived(outer.alias, outer)
 
 
 def _top(connection):
@@ -294,13 +286,16 @@ def _keep_turn(turn, cursor):
         # It still holds the turn for an earlier statement, or is closed.
         return
     turn.take(_thread.get_ident(), lambda: True, 0)
-    give = weakref.finalize(cursor, turn.give)
-    give.atexit = False
+    # In another thread, since the garbage collector may call it anywhere, also
+    # while this one holds the lock of the turn.
+    forgotten = weakref.finalize(cursor, _thread.start_new_thread, turn.give, ())
+    forgotten.atexit = False
     close = cursor.cursor.close
 
     def close_and_give():
         close()
-        give()
+        if forgotten.detach() is not None:
+            turn.give()
 
     cursor.close = close_and_give
 

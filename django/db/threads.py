@@ -48,16 +48,18 @@ LOOP_INTERVAL = 1
 
 class Worker(threading.Thread):
     """
-    A thread that calls what it's given, as long as that returns true, and
-    `at_end()` then.
+    A thread that calls what it's given, as long as that returns true.
+
+    After each it calls `clean_up()`, which mustn't raise, or what waits in the
+    queue would never be called.
 
     It's a daemon, so that a block which is never left doesn't keep the
     interpreter from exiting.
     """
 
-    def __init__(self, at_end):
+    def __init__(self, clean_up):
         super().__init__(daemon=True)
-        self._at_end = at_end
+        self._clean_up = clean_up
         self._queue = SimpleQueue()
         # While it runs nothing.
         self.idle_name = f"idle {self.name}"
@@ -66,23 +68,25 @@ class Worker(threading.Thread):
         self._queue.put(func)
 
     def run(self):
-        while self._queue.get()():
+        goes_on = True
+        while goes_on:
+            goes_on = self._queue.get()()
+            self._clean_up()
             self.name = self.idle_name
-        self._at_end()
 
 
 class TransactionThread(Executor):
     """
     A thread that starts with its first function and ends with shutdown().
 
-    Each thread it consists of calls `at_end()` at its end. If `loop` is closed
-    before shutdown() is called, nobody is left to do that: `deserted()` is
-    called in the thread. `worker` is the first one, if there is one to use.
+    Each thread it consists of calls `clean_up()` at its end. If `loop` is
+    closed before shutdown() is called, nobody is left to do that: `deserted()`
+    is called in the thread. `worker` is the first one, if there is one to use.
     """
 
-    def __init__(self, name, at_end, loop, deserted, worker=None):
+    def __init__(self, name, clean_up, loop, deserted, worker=None):
         self.name = name
-        self._at_end = at_end
+        self._clean_up = clean_up
         self._worker = worker
         self._loop = loop
         self._deserted = deserted
@@ -109,12 +113,16 @@ class TransactionThread(Executor):
 
     def _submit(self, func, urgent=False):
         future = _Future()
-        work = partial(future.complete, func)
+        work = partial(future.complete, func, self._finish)
         with self._changed:
             if not self._open:
                 raise RuntimeError("The transaction has ended.")
-            if not self._count or (urgent and not self._idle):
+            if not self._count:
                 self._start()
+            elif urgent and len(self._busy) >= self._count:
+                # Else it has to wait for what's running.
+                with suppress(OperationalError):
+                    self._start()
             if urgent:
                 self._work.appendleft(work)
             else:
@@ -127,7 +135,7 @@ class TransactionThread(Executor):
     def _start(self):
         worker, self._worker = self._worker, None
         if worker is None:
-            worker = Worker(self._at_end)
+            worker = Worker(self._clean_up)
             try:
                 worker.start()
             except RuntimeError as exc:
@@ -143,10 +151,17 @@ class TransactionThread(Executor):
             if not self._work or not self._busy or self._idle:
                 return
             if all(belonging.is_running(ident, _WAITING_CODE) for ident in self._busy):
-                self._start()
-                return
+                with suppress(OperationalError):
+                    self._start()
+                    return
         # It may begin to wait at any time.
         asyncio.get_running_loop().call_later(RELIEF_INTERVAL, self._relieve)
+
+    def _finish(self):
+        """Note that a thread is about to be free."""
+        with self._changed:
+            if not self._covered:
+                self._busy.discard(threading.get_ident())
 
     def is_running(self):
         return bool(self._count)
@@ -155,6 +170,8 @@ class TransactionThread(Executor):
         """End the thread after the functions that are queued."""
         with self._changed:
             self._open = False
+            # It refers to the transaction, and that to its thread.
+            self._deserted = None
             self._changed.notify_all()
 
     def spare_worker(self):
@@ -225,14 +242,17 @@ class _Future(Future):
         self._call.abandon()
         return False
 
-    def complete(self, func):
+    def complete(self, func, finish):
+        """Call `func`, and `finish()` before anybody knows the result."""
         if self.set_running_or_notify_cancel():
             try:
                 with self._call.running():
                     result = func()
             except BaseException as exc:
+                finish()
                 self.set_exception(exc)
             else:
+                finish()
                 self.set_result(result)
 
 
@@ -385,7 +405,8 @@ def install(block):
     Send thread-sensitive work of code that inherits the current context to the
     transaction it's in. Return what uninstall() needs.
     """
-    executor = getattr(AsyncToSync.executors, "current", None)
+    current = getattr(AsyncToSync.executors, "current", None)
+    executor = current
     outer = SyncToAsync.thread_sensitive_context.get(None)
     while isinstance(outer, _TransactionContext) and outer.block.ended:
         executor = executor or outer.route.executor
@@ -396,18 +417,18 @@ def install(block):
     token = SyncToAsync.thread_sensitive_context.set(context)
     # It has priority over the context.
     AsyncToSync.executors.current = None
-    return context, token, executor
+    return context, token, current
 
 
 def uninstall(installed):
     """Undo install() if the current context still holds what it set."""
-    context, token, executor = installed
+    context, token, current = installed
     if SyncToAsync.thread_sensitive_context.get(None) is not context:
         return
     # In another context it's left there, and passes all work on.
     with suppress(ValueError):
         SyncToAsync.thread_sensitive_context.reset(token)
-        AsyncToSync.executors.current = executor
+        AsyncToSync.executors.current = current
 
 
 async def run_to_the_end(executors, func, block, urgent=False):

@@ -2,6 +2,8 @@ import asyncio
 import threading
 import time
 
+from asgiref.sync import AsyncToSync
+
 from django.db import connection, sharing, transaction
 from django.test import TransactionTestCase
 
@@ -118,6 +120,7 @@ class AsyncTransactionTestCase(TransactionTestCase):
         self.assertIsNone(connection.turn)
         self.assertIsNone(connection.lent_by)
         self.assertEqual(connection.execute_wrappers, [])
+        self.assertIsNone(getattr(AsyncToSync.executors, "current", None))
         if connection.vendor in OTHER_SESSIONS:
             self.assertIs(
                 wait_until(lambda: not self.transactional_sessions()),

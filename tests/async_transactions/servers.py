@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -128,14 +129,12 @@ class Server:
     def files(self):
         """Return which database files the server's process has open."""
         names = {str(settings["NAME"]) for settings in self.databases.values()}
-        descriptors = Path(f"/proc/{self.process.pid}/fd")
-        if not descriptors.exists():
-            return []
-        return [
-            file
-            for file in (os.path.realpath(entry) for entry in descriptors.iterdir())
-            if file in names
-        ]
+        files = []
+        for descriptor in Path("/proc").glob(f"{self.process.pid}/fd/*"):
+            # It may have been closed by now.
+            with suppress(FileNotFoundError):
+                files.append(os.readlink(descriptor))
+        return [file for file in files if file in names]
 
     def end_sessions(self):
         """Also those that still run a query, which a killed process can't."""

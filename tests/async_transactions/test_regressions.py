@@ -16,6 +16,7 @@ from django.db import (
     belonging,
     connection,
     connections,
+    scopes,
     sharing,
     transaction,
 )
@@ -661,7 +662,11 @@ class FetchTests(AsyncTransactionTestCase):
 class TimeoutTests(AsyncTransactionTestCase):
     async def test_thread_that_cannot_be_started(self):
         error = RuntimeError("can't start new thread")
-        with mock.patch("threading.Thread.start", side_effect=error):
+        with (
+            mock.patch("threading.Thread.start", side_effect=error),
+            # One that keeps no thread yet.
+            mock.patch("django.db.scopes.current", scopes.Scope),
+        ):
             with self.assertRaisesMessage(OperationalError, "can't start new thread"):
                 async with asyncio.timeout(5):
                     async with transaction.aatomic():
@@ -669,3 +674,21 @@ class TimeoutTests(AsyncTransactionTestCase):
         await Entry.objects.acreate(name="usable")
         self.assertEqual(await names(), ["usable"])
         self.assertGreater(sharing.TURN_TIMEOUT, 0)
+
+    async def test_thread_for_leaving_that_cannot_be_started(self):
+        """The block's own thread rolls back when it gets to it."""
+        release = threading.Event()
+        with self.assertRaises(Rollback):
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="rolled back")
+                waiting = asyncio.create_task(sync_to_async(release.wait)(10))
+                await asyncio.sleep(0.01)
+                asyncio.get_running_loop().call_later(0.1, release.set)
+                error = RuntimeError("can't start new thread")
+                patch = mock.patch("threading.Thread.start", side_effect=error)
+                self.addCleanup(patch.stop)
+                patch.start()
+                raise Rollback
+        patch.stop()
+        await waiting
+        await self.assertAsyncNames()

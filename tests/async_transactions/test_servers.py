@@ -7,7 +7,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
-from unittest import SkipTest, skipUnless
+from unittest import skipUnless
 
 from django.db import connection
 
@@ -26,9 +26,9 @@ class ServerTestCase(AsyncTransactionTestCase):
 
     @classmethod
     def setUpClass(cls):
-        if is_in_memory():
-            raise SkipTest("A database in memory isn't shared with a server.")
         super().setUpClass()
+        if is_in_memory():
+            return
         cls.start()
         cls.addClassCleanup(lambda: cls.server.stop())
         # The middleware and the database of a request.
@@ -41,6 +41,8 @@ class ServerTestCase(AsyncTransactionTestCase):
 
     def setUp(self):
         super().setUp()
+        if is_in_memory():
+            self.skipTest("A database in memory isn't shared with a server.")
         # This is called first.
         self.addCleanup(self.assertReleased)
 
