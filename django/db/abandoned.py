@@ -70,9 +70,14 @@ def cancel_statement(connection, count):
     if turn.depth and turn.count == count:
         done = threading.Event()
         turn.cancelled = done
-        threading.Thread(
+        thread = threading.Thread(
             target=_cancel, args=[connection, turn, count, done], daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            done.set()
+            _log_failure()
 
 
 def _cancel(connection, turn, count, done):
@@ -81,6 +86,10 @@ def _cancel(connection, turn, count, done):
             connection.cancel_query()
             time.sleep(INTERVAL)
     except Exception:
-        logger.warning("A query couldn't be cancelled.", exc_info=True)
+        _log_failure()
     finally:
         done.set()
+
+
+def _log_failure():
+    logger.warning("A query couldn't be cancelled.", exc_info=True)

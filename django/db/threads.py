@@ -154,7 +154,7 @@ class TransactionThread(Executor):
                 with suppress(OperationalError):
                     self._start()
                     return
-        # It may begin to wait at any time.
+        # They may begin to wait, or a thread may be startable, at any time.
         asyncio.get_running_loop().call_later(RELIEF_INTERVAL, self._relieve)
 
     def _finish(self):

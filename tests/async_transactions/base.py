@@ -41,6 +41,16 @@ KILL_SESSION = {
     "mysql": "KILL %s",
 }
 
+SLOW = {
+    "postgresql": "SELECT pg_sleep(20)",
+    "mysql": "SELECT SLEEP(20)",
+    "sqlite": (
+        "WITH RECURSIVE numbers(n) AS "
+        "(SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 1000000000) "
+        "SELECT max(n) FROM numbers"
+    ),
+}
+
 
 def other_sessions():
     """Return the states of the server's other sessions."""
@@ -59,6 +69,12 @@ def session_id():
 def kill_session(number):
     with connection.cursor() as cursor:
         cursor.execute(KILL_SESSION[connection.vendor], [number])
+
+
+def slow_query():
+    with transaction.get_connection().cursor() as cursor:
+        cursor.execute(SLOW[connection.vendor])
+        cursor.fetchall()
 
 
 def transaction_threads():
@@ -84,6 +100,10 @@ async def names():
 
 def create(name):
     return Entry.objects.create(name=name)
+
+
+async def acreate(name):
+    return await Entry.objects.acreate(name=name)
 
 
 def create_and_close(name):

@@ -7,27 +7,11 @@ import time
 
 from asgiref.sync import async_to_sync, sync_to_async
 
-from django.db import connection, transaction
+from django.db import transaction
 from django.db.transaction import TransactionManagementError
 
-from .base import AsyncTransactionTestCase, create, names
+from .base import AsyncTransactionTestCase, create, names, slow_query
 from .models import Entry
-
-SLOW = {
-    "postgresql": "SELECT pg_sleep(20)",
-    "mysql": "SELECT SLEEP(20)",
-    "sqlite": (
-        "WITH RECURSIVE numbers(n) AS "
-        "(SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 1000000000) "
-        "SELECT max(n) FROM numbers"
-    ),
-}
-
-
-def slow_query():
-    with transaction.get_connection().cursor() as cursor:
-        cursor.execute(SLOW[connection.vendor])
-        cursor.fetchall()
 
 
 def slow_queries():

@@ -5,7 +5,7 @@ Promises 4 and 5: a block's end is the end, and who ends it doesn't matter.
 import asyncio
 import contextvars
 
-from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.sync import sync_to_async
 
 from django.db import OperationalError, connection, connections, transaction
 from django.db.transaction import TransactionManagementError
@@ -194,28 +194,6 @@ class OutlivingTests(AsyncTransactionTestCase):
             self.assertIsNot(transaction.get_connection(), captured)
             over.set()
             self.assertIs(await task, False)
-
-    def test_below_a_sync_block_work_goes_on_in_autocommit(self):
-        async def main():
-            over = asyncio.Event()
-
-            async def late():
-                await until(over)
-                await Entry.objects.acreate(name="late")
-
-            async def start():
-                return asyncio.create_task(late())
-
-            def block():
-                with transaction.atomic():
-                    return async_to_sync(start)()
-
-            task = await sync_to_async(block)()
-            over.set()
-            await task
-
-        async_to_sync(main)()
-        self.assertNames("late")
 
 
 class LeavingTests(AsyncTransactionTestCase):

@@ -11,7 +11,14 @@ from asgiref.sync import async_to_sync, sync_to_async
 from django.db import belonging, new_connection, transaction
 
 from . import server
-from .base import AsyncTransactionTestCase, create, is_in_memory, names, wait_until
+from .base import (
+    AsyncTransactionTestCase,
+    acreate,
+    create,
+    is_in_memory,
+    names,
+    wait_until,
+)
 from .interruptions import Interruption
 from .models import Entry
 from .pool import PoolTestCase
@@ -24,10 +31,6 @@ MOMENTS = {
     "again, too late": lambda number: Interruption(number, number + 1, late=True),
     "again and again": lambda number: Interruption(*range(number, number + 20)),
 }
-
-
-async def acreate(name):
-    await Entry.objects.acreate(name=name)
 
 
 async def nested(name):

@@ -25,13 +25,13 @@ from .base import (
     create,
     is_in_memory,
     names,
+    slow_query,
     transaction_threads,
     until,
     wait_until,
 )
 from .models import Entry
 from .pool import PoolTestCase, close_connections
-from .test_cancellation import slow_query
 
 
 class KillingMixin:

@@ -12,14 +12,11 @@ from django.db.models.signals import pre_save
 from django.dispatch import Signal
 from django.test import TestCase
 
-from .base import AsyncTransactionTestCase, Rollback, create, names
+from .base import AsyncTransactionTestCase, Rollback, acreate, create, names
 from .models import Entry
+from .test_sync_blocks import SyncBlockTestCase
 
 variable = contextvars.ContextVar("variable", default=None)
-
-
-async def acreate(name):
-    await Entry.objects.acreate(name=name)
 
 
 class InsideAatomicTests(AsyncTransactionTestCase):
@@ -211,24 +208,9 @@ class InsideAatomicTests(AsyncTransactionTestCase):
         await self.assertInside(sync_to_async(both), *"abc")
 
 
-class InsideAtomicTests(AsyncTransactionTestCase):
-    def assertInside(self, work, *expected):
-        with self.assertRaises(Rollback):
-            with transaction.atomic():
-                work()
-                self.assertNames(*expected)
-                raise Rollback
-        self.assertNames()
-        with transaction.atomic():
-            work()
-        self.assertNames(*expected)
-
+class InsideAtomicTests(SyncBlockTestCase):
     async def everything(self):
-        await acreate("async")
-        await sync_to_async(create)("sensitive")
-        await sync_to_async(create, thread_sensitive=False)("insensitive")
-        await asyncio.to_thread(create, "to_thread")
-        await asyncio.gather(acreate("gather 1"), acreate("gather 2"))
+        await acreate("before")
         async with transaction.aatomic():
             await acreate("nested")
             await asyncio.to_thread(create, "nested, to_thread")
@@ -238,47 +220,15 @@ class InsideAtomicTests(AsyncTransactionTestCase):
                 raise Rollback
         except Rollback:
             pass
+        await acreate("after")
 
-    expected = [
-        "async",
-        "gather 1",
-        "gather 2",
-        "insensitive",
-        "nested",
-        "nested, to_thread",
-        "sensitive",
-        "to_thread",
-    ]
+    expected = ["after", "before", "nested", "nested, to_thread"]
 
     def test_async_to_sync(self):
         self.assertInside(lambda: async_to_sync(self.everything)(), *self.expected)
 
     def test_asyncio_run(self):
         self.assertInside(lambda: asyncio.run(self.everything()), *self.expected)
-
-    def test_to_thread_alone(self):
-        """No coroutine has touched the database before the thread does."""
-
-        async def main():
-            await asyncio.to_thread(create, "thread")
-
-        self.assertInside(lambda: asyncio.run(main()), "thread")
-        Entry.objects.all().delete()
-        self.assertInside(lambda: async_to_sync(main)(), "thread")
-
-    def test_nested_sync_blocks(self):
-        async def main():
-            def block():
-                with transaction.atomic():
-                    create("b")
-
-            await asyncio.gather(
-                asyncio.to_thread(block),
-                sync_to_async(create)("a"),
-                sync_to_async(create, thread_sensitive=False)("c"),
-            )
-
-        self.assertInside(lambda: async_to_sync(main)(), *"abc")
 
     def test_durable_is_enforced(self):
         async def main():

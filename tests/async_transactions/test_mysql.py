@@ -1,7 +1,7 @@
 """
-Promise 7 on MariaDB and MySQL, where a query is cancelled by KILL QUERY from a
-connection of its own, and Promise 3, as the driver refuses a second use of a
-connection while a query runs on it.
+Promise 7 on MariaDB and MySQL, where a query is cancelled by KILL QUERY, and
+Promise 3, as the driver refuses a second use of a connection while a query
+runs on it.
 """
 
 import asyncio
@@ -11,111 +11,15 @@ import unittest
 
 from asgiref.sync import sync_to_async
 
-from django.db import (
-    DEFAULT_DB_ALIAS,
-    OperationalError,
-    connection,
-    connections,
-    transaction,
-)
+from django.db import OperationalError, connection, transaction
 
-from .base import (
-    AsyncTransactionTestCase,
-    create,
-    kill_session,
-    other_sessions,
-    session_id,
-    wait_until,
-)
+from .base import AsyncTransactionTestCase, kill_session, session_id, wait_until
 from .models import Entry
-
-INTERRUPTED = 1317
-
-
-def execute(sql, params=None):
-    with transaction.get_connection().cursor() as cursor:
-        cursor.execute(sql, params)
-        return cursor.fetchall()
-
-
-def is_running(text):
-    """Return whether another session runs a query that contains `text`."""
-    sql = (
-        "SELECT 1 FROM information_schema.PROCESSLIST "
-        "WHERE info LIKE %s AND id <> CONNECTION_ID()"
-    )
-    return bool(execute(sql, [f"%{text}%"]))
+from .test_cancel_query import execute, is_running
 
 
 @unittest.skipUnless(connection.vendor == "mysql", "MariaDB and MySQL tests")
-class CancelQueryTests(AsyncTransactionTestCase):
-    def cancel(self, text):
-        """Cancel this thread's query as soon as the server runs it."""
-        own = connections[DEFAULT_DB_ALIAS]
-        seen = []
-
-        def wait_and_cancel():
-            try:
-                seen.append(wait_until(lambda: is_running(text)))
-                own.cancel_query()
-            finally:
-                connection.close()
-
-        thread = threading.Thread(target=wait_and_cancel)
-        thread.start()
-        self.addCleanup(self.assertEqual, seen, [True])
-        self.addCleanup(thread.join)
-
-    def test_running_query(self):
-        """Only the query is cancelled: the transaction can be rolled back."""
-        with self.assertRaises(OperationalError) as cm:
-            with transaction.atomic():
-                create("rolled back")
-                number = session_id()
-                self.cancel("SLEEP")
-                execute("SELECT SLEEP(20)")
-        self.assertEqual(cm.exception.args[0], INTERRUPTED)
-        self.assertNames()
-        self.assertEqual(session_id(), number)
-
-    def test_query_that_returns_nevertheless(self):
-        """The driver isn't told that it was cancelled."""
-        self.cancel("BENCHMARK")
-        begin = time.monotonic()
-        self.assertEqual(execute("SELECT BENCHMARK(50000000, MD5('x'))"), ((0,),))
-        self.assertLess(time.monotonic() - begin, 10)
-
-    def test_no_query(self):
-        """The next one isn't cancelled in its place."""
-        create("before")
-        for _ in range(10):
-            thread = threading.Thread(target=connection.cancel_query)
-            thread.start()
-            thread.join()
-            self.assertEqual(execute("SELECT SLEEP(0.01)"), ((0,),))
-
-    def test_not_connected(self):
-        connection.close()
-        connection.cancel_query()
-        self.assertIsNone(connection.connection)
-
-    def test_session_has_ended(self):
-        number = session_id()
-        self.addCleanup(connection.close)
-        other = connection.copy()
-        other.inc_thread_sharing()
-        self.addCleanup(other.close)
-        with other.cursor() as cursor:
-            cursor.execute("KILL %s", [number])
-            cursor.execute("SELECT 1")
-        connection.cancel_query()
-
-    def test_nothing_is_left_of_it(self):
-        create("before")
-        sessions = other_sessions()
-        connection.cancel_query()
-        self.assertIs(wait_until(lambda: other_sessions() == sessions), True)
-
+class CancelledQueryTests(AsyncTransactionTestCase):
     async def test_waiting_for_a_lock(self):
         await Entry.objects.acreate(name="locked")
         locked = asyncio.Event()

@@ -7,6 +7,8 @@ import contextvars
 import gc
 import threading
 import time
+from contextlib import nullcontext
+from itertools import chain, repeat
 from unittest import mock
 
 from asgiref.sync import async_to_sync, sync_to_async
@@ -18,6 +20,7 @@ from django.db import (
     connections,
     scopes,
     sharing,
+    threads,
     transaction,
 )
 from django.db.transaction import TransactionManagementError
@@ -659,36 +662,98 @@ class FetchTests(AsyncTransactionTestCase):
         self.assertIsInstance(results[1], Rollback)
 
 
-class TimeoutTests(AsyncTransactionTestCase):
-    async def test_thread_that_cannot_be_started(self):
+class ThreadStartTests(AsyncTransactionTestCase):
+    """Promise 7, while no thread can be started."""
+
+    def no_threads(self):
         error = RuntimeError("can't start new thread")
-        with (
-            mock.patch("threading.Thread.start", side_effect=error),
-            # One that keeps no thread yet.
-            mock.patch("django.db.scopes.current", scopes.Scope),
-        ):
-            with self.assertRaisesMessage(OperationalError, "can't start new thread"):
+        return mock.patch("threading.Thread.start", side_effect=error)
+
+    async def test_entering(self):
+        async def enter():
+            # That of the test may have kept a thread.
+            scopes.request.set(scopes.Scope())
+            with self.no_threads():
                 async with asyncio.timeout(5):
                     async with transaction.aatomic():
                         self.fail("The block was entered.")
+
+        with self.assertRaisesMessage(OperationalError, "can't start new thread"):
+            await asyncio.create_task(enter())
         await Entry.objects.acreate(name="usable")
         self.assertEqual(await names(), ["usable"])
         self.assertGreater(sharing.TURN_TIMEOUT, 0)
 
-    async def test_thread_for_leaving_that_cannot_be_started(self):
-        """The block's own thread rolls back when it gets to it."""
-        release = threading.Event()
-        with self.assertRaises(Rollback):
-            async with transaction.aatomic():
-                await Entry.objects.acreate(name="rolled back")
-                waiting = asyncio.create_task(sync_to_async(release.wait)(10))
-                await asyncio.sleep(0.01)
-                asyncio.get_running_loop().call_later(0.1, release.set)
-                error = RuntimeError("can't start new thread")
-                patch = mock.patch("threading.Thread.start", side_effect=error)
-                self.addCleanup(patch.stop)
-                patch.start()
-                raise Rollback
-        patch.stop()
-        await waiting
+    async def leave(self, busy):
+        """Leave a block while its thread runs `busy` until it's released."""
+        loop = asyncio.get_running_loop()
+        began = asyncio.Event()
+        released = threading.Event()
+
+        def run():
+            create("rolled back")
+            with busy():
+                loop.call_soon_threadsafe(began.set)
+                released.wait(10)
+
+        no_threads = self.no_threads()
+        loop.call_later(0.2, released.set)
+        try:
+            with self.assertRaises(Rollback):
+                async with transaction.aatomic():
+                    task = asyncio.create_task(sync_to_async(run)())
+                    await until(began)
+                    no_threads.start()
+                    raise Rollback
+        finally:
+            no_threads.stop()
+        await task
         await self.assertAsyncNames()
+
+    async def test_leaving_while_a_function_runs(self):
+        """The rollback waits for the thread that there is."""
+        await self.leave(nullcontext)
+
+    async def test_leaving_while_a_statement_runs(self):
+        """It can't be cancelled."""
+
+        def statement():
+            return sharing.taking_turn(transaction.get_connection())
+
+        with self.assertLogs("django.db.backends.base", "WARNING") as cm:
+            await self.leave(statement)
+        self.assertEqual(
+            [record.getMessage() for record in cm.records],
+            ["A query couldn't be cancelled."],
+        )
+
+    async def test_relief(self):
+        """It's tried again to start a thread for one that waits for a loop."""
+        created = asyncio.Event()
+        waiting = asyncio.Event()
+        error = RuntimeError("can't start new thread")
+
+        def wait():
+            async def main():
+                waiting.set()
+                await until(created)
+
+            async_to_sync(main)()
+
+        async def sibling():
+            await until(waiting)
+            await Entry.objects.acreate(name="sibling")
+            created.set()
+
+        async with transaction.aatomic():
+            await names()
+            with mock.patch.object(
+                threads.Worker,
+                "start",
+                autospec=True,
+                side_effect=chain([error], repeat(mock.DEFAULT)),
+                wraps=threads.Worker.start,
+            ) as start:
+                await asyncio.gather(sync_to_async(wait)(), sibling())
+            self.assertGreater(start.call_count, 1)
+        await self.assertAsyncNames("sibling")

@@ -11,6 +11,8 @@ from unittest import mock
 from django.test import SimpleTestCase
 
 from . import (
+    test_apart,
+    test_async_calls,
     test_ends,
     test_forum,
     test_generators,
@@ -18,10 +20,13 @@ from . import (
     test_isolation,
     test_receivers,
     test_siblings,
+    test_sync_blocks,
     test_turns,
 )
 
 MODULES = [
+    test_apart,
+    test_async_calls,
     test_ends,
     test_forum,
     test_generators,
@@ -29,6 +34,7 @@ MODULES = [
     test_isolation,
     test_receivers,
     test_siblings,
+    test_sync_blocks,
     test_turns,
 ]
 

@@ -23,12 +23,8 @@ from django.test import (
 )
 from django.urls import path
 
-from .base import AsyncTransactionTestCase, Rollback, create, names, until
+from .base import AsyncTransactionTestCase, Rollback, acreate, create, names, until
 from .models import Entry
-
-
-async def acreate(name):
-    return await Entry.objects.acreate(name=name)
 
 
 def session():

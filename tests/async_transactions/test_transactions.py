@@ -26,6 +26,7 @@ from django.utils.connection import ConnectionDoesNotExist
 from .base import (
     AsyncTransactionTestCase,
     Rollback,
+    acreate,
     is_in_memory,
     until,
     wait_until,
@@ -39,10 +40,6 @@ KILL = {
     "mysql": "KILL CONNECTION_ID()",
     "postgresql": "SELECT pg_terminate_backend(pg_backend_pid())",
 }
-
-
-async def acreate(name):
-    return await Entry.objects.acreate(name=name)
 
 
 def select_missing_column():

@@ -11,7 +11,7 @@ from django.db import connection, sharing, transaction
 from django.db.transaction import TransactionManagementError
 from django.test import TransactionTestCase
 
-from .base import AsyncTransactionTestCase, Rollback, create, names, until
+from .base import AsyncTransactionTestCase, Rollback, acreate, create, names, until
 from .models import Entry
 
 
@@ -69,9 +69,6 @@ class TurnTestsMixin:
         async def sibling(write, name):
             await until(inside)
             await write(name)
-
-        async def acreate(name):
-            await Entry.objects.acreate(name=name)
 
         async with transaction.aatomic():
             results = await asyncio.gather(
