@@ -39,10 +39,18 @@ AFFECTED = [
     "async",
     "handlers",
     "asgi",
+    "httpwrappers",
+    "responses",
+    "signals",
+    "dispatch",
     "test_utils",
     "db_utils",
     "basic",
     "queries",
+    "pagination",
+    "generic_relations",
+    "sessions_tests",
+    "servers",
 ]
 
 # Everything but DATABASES.
