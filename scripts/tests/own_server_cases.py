@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import unittest
+from functools import partial
 from unittest import mock
 
 from own_server import ServerError
@@ -82,6 +83,8 @@ class CommandCases(Case):
             stderr=subprocess.PIPE,
             encoding="utf-8",
             start_new_session=True,
+            # A shell's background jobs ignore it, and so would the script.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         self.addCleanup(process.communicate)
         self.addCleanup(kill_group, process)
