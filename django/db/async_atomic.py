@@ -476,11 +476,13 @@ def make_connection(alias):
     if alias not in connections:
         raise ConnectionDoesNotExist(f"The connection '{alias}' doesn't exist.")
     connection = connections.create_connection(alias)
+    # What's set on a connection doesn't refer to it, which would leave it to
+    # the garbage collector.
+    ref = weakref.ref(connection)
     if connection.settings_dict["OPTIONS"].get("pool"):
-        connect = connection.get_new_connection
-        connection.get_new_connection = partial(_get_pooled, connection, connect)
+        connection.get_new_connection = partial(_get_pooled, ref)
     connection.cursors = weakref.WeakSet()
-    connection.create_cursor = _noting(connection.cursors, connection.create_cursor)
+    connection.create_cursor = partial(_create_cursor, ref)
     sharing.share(connection)
     connection._thread_ident = None
     return connection
@@ -503,14 +505,12 @@ def _copy(names, source, target):
             setattr(target, name, getattr(source, name))
 
 
-def _noting(cursors, create_cursor):
-    @wraps(create_cursor)
-    def inner(*args, **kwargs):
-        cursor = create_cursor(*args, **kwargs)
-        cursors.add(cursor)
-        return cursor
-
-    return inner
+def _create_cursor(ref, *args, **kwargs):
+    """Note the cursor, for close_cursors()."""
+    connection = ref()
+    cursor = type(connection).create_cursor(connection, *args, **kwargs)
+    connection.cursors.add(cursor)
+    return cursor
 
 
 def close_cursors(connection):
@@ -541,10 +541,11 @@ def _is_keepable(connection):
     )
 
 
-def _get_pooled(connection, connect, conn_params):
+def _get_pooled(ref, conn_params):
     """Let the error say what to do if there's no connection in the pool."""
+    connection = ref()
     try:
-        return connect(conn_params)
+        return type(connection).get_new_connection(connection, conn_params)
     except connection.Database.OperationalError as exc:
         exc.args = (
             f"{exc}. If the server can be reached, all connections of the pool are in "

@@ -99,6 +99,8 @@ class TransactionThread(Executor):
         # The idents of its threads, and of those that are running a function.
         self.idents = set()
         self._busy = set()
+        # The event loops that are going to look whether there is work left.
+        self._watching = set()
         # How many functions that wait have another one on top of them.
         self._covered = 0
         # The worker that somebody else uses from now on.
@@ -145,17 +147,28 @@ class TransactionThread(Executor):
         worker.give(self._run)
         self._count += 1
 
-    def _relieve(self):
-        """Start another thread if those there are can't get to the work."""
+    def _relieve(self, loop=None):
+        """
+        Start another thread if those there are can't get to the work. Look
+        again as long as there is any: who is about to take the next function
+        may wait in that one for another.
+        """
         with self._changed:
-            if not self._work or not self._busy or self._idle:
+            self._watching.discard(loop)
+            if not self._work:
                 return
-            if all(belonging.is_running(ident, _WAITING_CODE) for ident in self._busy):
+            if (
+                not self._idle
+                and len(self._busy) >= self._count
+                and all(belonging.is_running(id, _WAITING_CODE) for id in self._busy)
+            ):
                 with suppress(OperationalError):
                     self._start()
-                    return
-        # They may begin to wait, or a thread may be startable, at any time.
-        asyncio.get_running_loop().call_later(RELIEF_INTERVAL, self._relieve)
+            loop = asyncio.get_running_loop()
+            if loop in self._watching:
+                return
+            self._watching.add(loop)
+        loop.call_later(RELIEF_INTERVAL, self._relieve, loop)
 
     def _finish(self):
         """Note that a thread is about to be free."""

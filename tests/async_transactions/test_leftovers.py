@@ -7,7 +7,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial
 
 from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
@@ -156,7 +156,8 @@ class CollectorTests(AsyncTransactionTestCase):
             ended.set()
             return await task
 
-        contexts = [asyncio.run(request())]
+        # A context without what earlier tests have left.
+        contexts = [Context().run(asyncio.run, request())]
         key = contexts[0][SyncToAsync.thread_sensitive_context]
         executors = [SyncToAsync.context_to_thread_executor[key]]
         # A function that's done, too, holds its context for a moment.

@@ -662,6 +662,26 @@ class FetchTests(AsyncTransactionTestCase):
         self.assertIsInstance(results[1], Rollback)
 
 
+class ReliefTests(AsyncTransactionTestCase):
+    async def test_function_that_waits_for_a_queued_one(self):
+        """Both are queued while the block's thread is idle."""
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+
+        def queued():
+            create("queued")
+            loop.call_soon_threadsafe(done.set)
+
+        async with transaction.aatomic():
+            await names()
+            # Until the thread waits for work.
+            await asyncio.sleep(0.1)
+            await asyncio.gather(
+                sync_to_async(async_to_sync(until))(done), sync_to_async(queued)()
+            )
+        await self.assertAsyncNames("queued")
+
+
 class ThreadStartTests(AsyncTransactionTestCase):
     """Promise 7, while no thread can be started."""
 
