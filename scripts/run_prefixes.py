@@ -44,8 +44,8 @@ def run_prefix(git, commit, labels, database, directory):
     git("checkout", "--quiet", "--detach", commit)
     if not imports(git.directory):
         return "cannot be imported", False
-    returncode, (passed, failed, skipped) = run_tests.run_on(
-        database, git.directory, directory, labels
+    returncode, (passed, failed, skipped) = run_tests.run_apart(
+        database, git.directory, directory, labels, []
     )
     result = f"{passed} passed, {failed} failed, {skipped} skipped"
     return result, returncode == 0 and passed > 0

@@ -15,6 +15,7 @@ from django.db.backends.base.base import NO_DB_ALIAS
 # The identifier of the session that evaluates it.
 SESSION_ID = {
     "postgresql": "pg_backend_pid()",
+    "mysql": "CONNECTION_ID()",
 }
 
 # The identifiers of the other sessions in this database.
@@ -23,32 +24,51 @@ SESSIONS = {
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database() "
         "AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
     ),
+    # What SHOW PROCESSLIST shows.
+    "mysql": (
+        "SELECT id FROM information_schema.processlist WHERE db = DATABASE() "
+        "AND id <> CONNECTION_ID()"
+    ),
 }
 
 # Those of them in which a statement or a transaction is under way.
 BUSY_SESSIONS = {
     "postgresql": f"{SESSIONS['postgresql']} AND state <> 'idle'",
+    # An idle one is "Killed" after KILL QUERY, until its next statement.
+    "mysql": (
+        f"{SESSIONS['mysql']} AND (command NOT IN ('Sleep', 'Killed') OR id IN "
+        "(SELECT trx_mysql_thread_id FROM information_schema.innodb_trx))"
+    ),
 }
 
 # A row if a session runs a statement.
 STATEMENTS = {
     "postgresql": "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'",
+    "mysql": (
+        "SELECT 1 FROM information_schema.processlist WHERE id = %s "
+        "AND command = 'Query'"
+    ),
 }
 
 CANCEL_QUERY = {
     "postgresql": "SELECT pg_cancel_backend(%s)",
+    "mysql": "KILL QUERY %s",
 }
 
 END_SESSION = {
     "postgresql": "SELECT pg_terminate_backend(%s, 5000)",
+    "mysql": "KILL %s",
 }
 
 # What the driver's exceptions say afterwards.
 QUERY_CANCELLED = {
     "postgresql": "canceling statement due to user request",
+    "mysql": "Query execution was interrupted",
 }
 SESSION_ENDED = {
     "postgresql": "terminating connection due to administrator command",
+    # "Server has gone away" or "Lost connection", by their numbers.
+    "mysql": "(20",
 }
 
 
