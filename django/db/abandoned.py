@@ -69,7 +69,7 @@ def cancel_statement(connection, count):
         return
     if turn.depth and turn.count == count:
         done = threading.Event()
-        turn.cancelled = done
+        turn.cancelled = (count, done)
         thread = threading.Thread(
             target=_cancel, args=[connection, turn, count, done], daemon=True
         )

@@ -202,8 +202,12 @@ def taking_turn(connection, leaving=False):
             raise belonging.outlived(block.alias, block)
         if turn.depth == 1:
             if turn.cancelled is not None:
-                turn.cancelled.wait()
-                turn.cancelled = None
+                count, ended = turn.cancelled
+                # It's this turn if cancelling began since it was taken, and
+                # ends when it's given back.
+                if count != turn.count:
+                    ended.wait()
+                    turn.cancelled = None
             if not leaving:
                 _check(connection, block, call)
                 if call is not None and block is not None:

@@ -48,8 +48,9 @@ class Turn:
         self._requests = []
         # How often it was taken by somebody who didn't hold it.
         self.count = 0
-        # For the use of the callers: everybody who ever held it, and an event
-        # to wait for if what its holder did is being cancelled.
+        # For the use of the callers: everybody who ever held it, and if what a
+        # holder did is being cancelled, the count of that turn and an event
+        # that tells when that has ended.
         self.holders = set()
         self.cancelled = None
 

@@ -3,11 +3,12 @@ Promise 7: a cancellation leaves the transaction committed or rolled back.
 """
 
 import asyncio
+import threading
 import time
 
 from asgiref.sync import async_to_sync, sync_to_async
 
-from django.db import transaction
+from django.db import sharing, transaction
 from django.db.transaction import TransactionManagementError
 
 from .base import AsyncTransactionTestCase, create, names, slow_query
@@ -141,6 +142,22 @@ class CancellationTests(AsyncTransactionTestCase):
                     await sync_to_async(function)()
         self.assertIn("can't use the database 'default' any more", await refused)
         await self.assertAsyncNames()
+
+    async def test_cancelling_begins_after_the_turn_was_taken(self):
+        """It ends with that turn, which doesn't wait for it."""
+
+        def take():
+            connection = transaction.get_connection()
+            turn = connection.turn
+            turn.cancelled = (turn.count + 1, threading.Event())
+            with sharing.taking_turn(connection):
+                turn.cancelled[1].set()
+            # The next one has waited for it.
+            with sharing.taking_turn(connection):
+                self.assertIsNone(turn.cancelled)
+
+        async with transaction.aatomic():
+            await sync_to_async(take)()
 
     async def test_at_any_moment(self):
         async def block(name):
