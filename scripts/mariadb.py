@@ -177,7 +177,9 @@ def install_db(directory):
 def server_options(directory):
     """Return the options of every program that is the server."""
     settings = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    return ["--no-defaults", f"--datadir={directory / 'data'}", *settings]
+    # Servers that share a directory delete each other's temporary tables.
+    places = [f"--datadir={directory / 'data'}", f"--tmpdir={directory}"]
+    return ["--no-defaults", *places, *settings]
 
 
 def greets(address):

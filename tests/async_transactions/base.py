@@ -90,7 +90,8 @@ def wait_until(condition, timeout=5):
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.01)
+        # InnoDB doesn't bring innodb_trx up to date for who asks more often.
+        time.sleep(0.25 if connection.vendor == "mysql" else 0.01)
     return True
 
 
