@@ -14,6 +14,7 @@ cannot be run.
 
 import argparse
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,8 @@ def main(arguments):
     except (ChainError, run_tests.TestsError, ServerError) as error:
         print(f"run_prefixes.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     print("\n".join(["", *summary]))
     return 0 if sound else 1
 

@@ -11,8 +11,8 @@ a settings module, and call the tree's tests/runtests.py. Arguments after "--"
 are passed on to it. PostgreSQL is started by postgres.py, unless DATABASE_URL
 is set, and MariaDB by mariadb.py, unless MARIADB_URL is set.
 
-Exit codes: that of runtests.py, 1 also if it ran no test, 2 if the tests
-cannot be run.
+Exit codes: that of runtests.py, 1 also if it ran no test or wrote nothing for
+ten minutes, 2 if the tests cannot be run.
 """
 
 import argparse
@@ -27,7 +27,8 @@ import tempfile
 
 import mariadb
 import postgres
-from own_server import ServerError, ending, unwind_on_termination
+import shown
+from own_server import ServerError, unwind_on_termination
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -125,27 +126,12 @@ def write_settings(path, databases):
 def run(tree, directory, databases, arguments):
     """Run runtests.py and show its output. Return its exit code and counts."""
     write_settings(directory / "settings_of_run_tests.py", databases)
-    search = [tree, directory, os.environ.get("PYTHONPATH", "")]
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(str(path) for path in search if path),
-    }
+    env = {**os.environ, "PYTHONPATH": shown.python_path(tree, directory)}
     command = [sys.executable, "runtests.py", "--settings=settings_of_run_tests"]
-    process = subprocess.Popen(
-        [*command, *arguments],
-        cwd=tree / "tests",
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+    returncode, output = shown.run_shown(
+        [*command, *arguments], tree / "tests", env, shown.STALL_TIMEOUT
     )
-    output = b""
-    with process.stdout, ending(process):
-        # Dots are progress, whether or not their line is complete.
-        while chunk := process.stdout.read1():
-            output += chunk
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
-        return process.wait(), count(output.decode(errors="replace"))
+    return returncode, count(output)
 
 
 def count(output):
@@ -182,7 +168,8 @@ def run_apart(database, tree, directory, labels, passed_on):
     Run the fork's tests, and then upstream's in processes of their own: one of
     those fails if it finds what others have left to the garbage collector.
     """
-    own = [label for label in labels if label.split(".")[0] in own_labels()]
+    apps = own_labels()
+    own = [label for label in labels if label.split(".")[0] in apps]
     returncode, counts = 0, [0, 0, 0]
     for group in (own, [label for label in labels if label not in own]):
         if group:
@@ -251,8 +238,9 @@ def main(arguments):
     )
     if not passed + failed + skipped:
         print("run_tests.py: No test was run.", file=sys.stderr)
-        return returncode or 1
-    return returncode
+        return 1
+    # A signal's is negative.
+    return returncode if returncode >= 0 else 1
 
 
 if __name__ == "__main__":

@@ -31,14 +31,13 @@ import pprint
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 import postgres
 import run_tests
+import shown
 from chain import ChainError, Unusable
 from gittree import Git
 from materialise import require_clean, require_tree
@@ -204,43 +203,6 @@ def write_extensions(directory, names):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def run_process(command, cwd, env, timeout):
-    """
-    Run a command and show its output. Return its exit code and the output.
-
-    The processes that runtests.py starts outlive it, and keep its output open,
-    if it's killed. So they are a process group, which is killed.
-    """
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        process_group=0,
-    )
-
-    def kill():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-    timer = threading.Timer(timeout, kill)
-    timer.start()
-    output = b""
-    try:
-        with process.stdout:
-            while chunk := process.stdout.read1():
-                output += chunk
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.buffer.flush()
-        return process.wait(), output.decode(errors="replace")
-    finally:
-        timer.cancel()
-        kill()
-        process.wait()
-
-
 def run_suite(kind, tree, arguments, timeout):
     """Run runtests.py in a tree and return the result."""
     with (
@@ -250,16 +212,15 @@ def run_suite(kind, tree, arguments, timeout):
         directory = pathlib.Path(name)
         module = directory / f"{SETTINGS_MODULE}.py"
         module.write_text(SETTINGS.format(pprint.pformat(settings)))
-        search = [tree, tree / "tests", directory, os.environ.get("PYTHONPATH", "")]
         env = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(str(path) for path in search if path),
+            "PYTHONPATH": shown.python_path(tree, tree / "tests", directory),
             # Hundreds of tests start a Python that imports Django.
             "PYTHONDONTWRITEBYTECODE": "",
         }
         command = [sys.executable, "runtests.py", f"--settings={SETTINGS_MODULE}"]
         start = time.monotonic()
-        returncode, output = run_process(
+        returncode, output = shown.run_shown(
             [*command, "--noinput", *arguments], tree / "tests", env, timeout
         )
         return parse_output(output, returncode, time.monotonic() - start)
@@ -342,8 +303,8 @@ def parse(arguments):
     parser.add_argument(
         "--timeout",
         type=float,
-        default=90,
-        help="minutes after which a run hangs (default: 90)",
+        default=shown.STALL_TIMEOUT / 60,
+        help="minutes without output after which a run hangs (default: %(default)g)",
     )
     parser.add_argument(
         "--baseline",

@@ -16,6 +16,15 @@ print({output!r}, file=sys.stderr)
 sys.exit({code})
 """
 
+STUCK = """
+import time
+
+def stuck():
+    time.sleep(60)
+
+stuck()
+"""
+
 
 class CountTests(unittest.TestCase):
     def test_ok(self):
@@ -75,6 +84,15 @@ class CommandTests(unittest.TestCase):
         code, stdout, _ = self.call("sqlite", "basic")
         self.assertEqual(code, 3)
         self.assertIn("sqlite: 3 passed, 2 failed, 0 skipped", stdout)
+
+    def test_hang(self):
+        """The stacks show where."""
+        (self.tree / "tests" / "runtests.py").write_text(STUCK)
+        with mock.patch("shown.STALL_TIMEOUT", 1):
+            code, stdout, _ = self.call("sqlite", "basic")
+        self.assertEqual(code, 1)
+        self.assertIn("has written nothing for 1 seconds", stdout)
+        self.assertIn("in stuck", stdout)
 
     def test_no_test_ran(self):
         """A run without tests is a failure, whatever runtests.py thinks."""
