@@ -153,13 +153,12 @@ class StressTests(AsyncTransactionTestCase):
             self.assertIsInstance(exception, Rollback)
             self.assertIs(job.committed, False)
 
-    async def stress(self, seed):
+    async def stress(self, seed, numbers):
         # Threads that wait for a nested block must not be all there are: the
         # block may need another one.
         executor = ThreadPoolExecutor(100)
         asyncio.get_running_loop().set_default_executor(executor)
         self.addCleanup(executor.shutdown)
-        numbers = itertools.count()
         jobs = [Job(random.Random(f"{seed} {n}"), numbers) for n in range(TASKS)]
         # On SQLite, the others wait for one.
         semaphore = asyncio.Semaphore(6 if connection.vendor != "sqlite" else 2)
@@ -180,7 +179,10 @@ class StressTests(AsyncTransactionTestCase):
         self.assertIn(sum(job.committed for job in jobs), range(1, TASKS))
 
     def test_random_jobs(self):
+        # Whoever inserts a unique value that was deleted before can be the
+        # victim of a deadlock on InnoDB.
+        numbers = itertools.count()
         for seed in range(SEEDS):
             with self.subTest(seed=seed):
-                async_to_sync(self.stress)(seed)
+                async_to_sync(self.stress)(seed, numbers)
                 Entry.objects.all().delete()
