@@ -58,13 +58,7 @@ class OwnServer:
         with open(directory / "log", "wb") as log:
             try:
                 process = subprocess.run(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=directory,
-                    env=self.environment(),
-                    **identity,
+                    command, **self.arguments(log, directory, identity)
                 )
             except OSError as error:
                 raise ServerError(
@@ -84,16 +78,11 @@ class OwnServer:
         with open(directory / "log", "ab") as log:
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=directory,
-                env=self.environment(),
+                **self.arguments(log, directory, identity),
                 # Ctrl-C is for the command, which may need the server to clean
                 # up.
                 start_new_session=True,
                 preexec_fn=(self.stop_with_parent if sys.platform == "linux" else None),
-                **identity,
             )
         try:
             self.wait_until_ready(process, directory, is_ready)
@@ -101,12 +90,21 @@ class OwnServer:
         finally:
             stop(process, (self.stop_signal, signal.SIGKILL))
 
-    def environment(self):
-        """Return os.environ without what would reconfigure the server."""
-        return {
+    def arguments(self, log, directory, identity):
+        """Return the arguments for subprocess with which programs are run."""
+        environment = {
             name: value
             for name, value in os.environ.items()
+            # They would reconfigure the server.
             if not name.startswith(self.prefixes)
+        }
+        return {
+            "stdin": subprocess.DEVNULL,
+            "stdout": log,
+            "stderr": log,
+            "cwd": directory,
+            "env": environment,
+            **identity,
         }
 
     def stop_with_parent(self):
