@@ -18,7 +18,7 @@ import unittest
 from functools import partial
 from unittest import mock
 
-from own_server import ServerError
+from own_server import TEMP_DIR, ServerError
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -56,7 +56,7 @@ class Case(unittest.TestCase):
 
     def scripts(self, **scripts):
         """Return a new directory with shell scripts."""
-        temp_dir = tempfile.TemporaryDirectory(dir="/tmp")
+        temp_dir = tempfile.TemporaryDirectory(dir=TEMP_DIR)
         self.addCleanup(temp_dir.cleanup)
         directory = pathlib.Path(temp_dir.name)
         directory.chmod(0o755)

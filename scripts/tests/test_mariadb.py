@@ -6,6 +6,7 @@ import unittest
 
 import mariadb
 import own_server_cases as cases
+from own_server import TEMP_DIR
 
 NOT_INSTALLED = mariadb.missing(mariadb.SERVER_PROGRAMS | mariadb.CLIENT_PROGRAMS)
 
@@ -92,7 +93,7 @@ class DatabaseSettingsTests(MariaDBMixin, cases.Case):
         with mariadb.server() as url:
             settings = mariadb.database_settings(url)
         self.assertEqual(settings["USER"], "root")
-        self.assertRegex(settings["HOST"], "^/tmp/db-.*/socket$")
+        self.assertRegex(settings["HOST"], f"^{TEMP_DIR}/db-.*/socket$")
 
     @unittest.skipIf(MySQLdb is None, "mysqlclient is not installed.")
     def test_no_answer(self):
