@@ -11,8 +11,8 @@ set, start nothing: COMMAND uses that server. It is not DATABASE_URL, so that
 one run of all tests can use a server of each kind.
 
 The programs come from the system's packages. With --missing, print the Debian
-packages that have those which are not installed, to start the server or to
-build mysqlclient, and nothing if they are all there.
+packages that have those which are not installed, to start the server, to copy
+databases, or to build mysqlclient, and an empty line if they are all there.
 
 Exit codes: COMMAND's, or 2 if the server cannot be started.
 """
