@@ -32,7 +32,8 @@ from own_server import ServerError, unwind_on_termination
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Test apps of Django's that exercise what the patches touch.
+# Test apps of Django's that exercise what the patches touch, among them all
+# that the headers of these name.
 AFFECTED = [
     "transactions",
     "transaction_hooks",
@@ -52,6 +53,10 @@ AFFECTED = [
     "generic_relations",
     "sessions_tests",
     "servers",
+    "middleware",
+    "test_client",
+    "contenttypes_tests",
+    "auth_tests.test_auth_backends",
 ]
 
 # Everything but DATABASES.

@@ -1,6 +1,7 @@
 import unittest
 
 import run_prefixes
+import run_tests
 from chain import ROOT, Chain
 from fixture import ChainTestCase, header
 
@@ -25,6 +26,12 @@ class LabelTests(unittest.TestCase):
         labels = run_prefixes.labels_of(patches)
         self.assertIn("db_belonging", labels)
         self.assertEqual(len(labels), len(set(labels)))
+
+    def test_run_with_upstream(self):
+        """run_tests.py --upstream leaves none of them out."""
+        labels = run_prefixes.labels_of(Chain.load(ROOT).patches)
+        run = run_tests.own_labels() + run_tests.AFFECTED
+        self.assertEqual([label for label in labels if label not in run], [])
 
 
 class CommandTests(ChainTestCase):
