@@ -3,6 +3,7 @@ Run the fork's tests, and the upstream tests it affects, on one database.
 
     python scripts/run_tests.py sqlite
     python scripts/run_tests.py postgres --upstream
+    python scripts/run_tests.py postgres-native
     python scripts/run_tests.py mariadb --upstream
     python scripts/run_tests.py sqlite-memory transactions -- -k savepoint
 
@@ -67,7 +68,7 @@ SETTINGS = {
     "DEFAULT_AUTO_FIELD": "django.db.models.AutoField",
 }
 
-DATABASES = ["sqlite", "sqlite-memory", "postgres", "mariadb"]
+DATABASES = ["sqlite", "sqlite-memory", "postgres", "postgres-native", "mariadb"]
 
 ALIASES = ["default", "other"]
 
@@ -165,6 +166,9 @@ def run_on(database, tree, directory, arguments):
             return run(tree, directory, databases, arguments)
     with postgres.server() as url:
         databases = on_server(postgres.database_settings(url))
+        if database == "postgres-native":
+            for settings in databases.values():
+                settings["ASYNC_NATIVE"] = True
         return run(tree, directory, databases, arguments)
 
 
