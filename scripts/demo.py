@@ -2,17 +2,22 @@
 Show what stock Django and this fork answer to the forum's questions.
 
     python3 scripts/demo.py
+    python3 scripts/demo.py --tree build/django
 
 Create two virtual environments, one with stock Django and one with the fork
 built from this repository. Start a PostgreSQL, or use the one DATABASE_URL
-names. Run demo_worker.py in both environments, and print a table. What the
-table says was observed in the database in this run. Everything is in a
-temporary directory, which is deleted at the end. Takes a minute or two.
+names. Run demo_worker.py with stock Django, with the fork, whose asynchronous
+code waits for the database in threads by default, and with the fork in native
+mode, where it waits on the event loop. Print what they answer in a table, and
+what many concurrent transactions cost in another one. What the tables say was
+observed in this run. Everything is in a temporary directory, which is deleted
+at the end. Takes a minute or two.
 
 Exit codes: 0 if the fork keeps every promise shown, 1 if it breaks one, 2 if
 the demo cannot run here; the error says what to do.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -35,9 +40,13 @@ NEWER = ["python3.14", "python3.13", "python3.12"]
 
 DRIVER = "psycopg[binary,pool]"
 
+# What a tree of Django needs besides what stock Django requires.
+OF_TREE = ["asgiref>=3.13.0", "greenlet>=3.1"]
+
 WORKER_TIMEOUT = 60
 LINES_SHOWN = 15
-QUESTION_WIDTH = 26
+QUESTION_WIDTH = 22
+LOAD_WIDTH = 36
 
 started = time.monotonic()
 
@@ -141,14 +150,16 @@ def install(python, *arguments):
     )
 
 
-def run_worker(python, url):
-    """Return what the worker found out."""
+def run_worker(python, url, *arguments, tree=None):
+    """Return what the worker found out, with the Django of a tree, if any."""
     environ = dict(os.environ, DATABASE_URL=url)
     for name in ("PYTHONPATH", "DJANGO_SETTINGS_MODULE", "DJANGO_ALLOW_ASYNC_UNSAFE"):
         environ.pop(name, None)
+    if tree is not None:
+        environ["PYTHONPATH"] = str(tree)
     try:
         result = subprocess.run(
-            [python, WORKER],
+            [python, WORKER, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -165,19 +176,31 @@ def run_worker(python, url):
     return json.loads(result.stdout)
 
 
-def table(stock, fork, width):
-    """Return the lines of a table: question, stock, fork."""
-    widths = [QUESTION_WIDTH, *[(width - QUESTION_WIDTH) // 2 - 3] * 2]
-    rule = "-+-".join("-" * column for column in widths)
-    yield from row(["Question", title("Stock", stock), title("Fork", fork)], widths)
-    for ours, theirs in zip(fork["answers"], stock["answers"]):
-        yield rule
-        yield from row([ours["question"], cell(theirs), cell(ours)], widths)
+def table(results, width):
+    """Return the lines of a table: question, and a column for each result."""
+    column = (width - QUESTION_WIDTH) // len(results) - 3
+    widths = [QUESTION_WIDTH, *[column] * len(results)]
+    titles = [f"{name}: Django {result['django']}" for name, result in results.items()]
+    yield from row(["Question", *titles], widths)
+    for answers in zip(*[result["answers"] for result in results.values()]):
+        yield rule(widths)
+        yield from row([answers[0]["question"], *map(cell, answers)], widths)
 
 
-def title(name, result):
-    """Return a column's heading."""
-    return f"{name}: Django {result['django']}"
+def load_table(results):
+    """Return the lines of a table: a row for each result's measurements."""
+    loads = {name: result["load"] for name, result in results.items()}
+    widths = [QUESTION_WIDTH, 8, 8, LOAD_WIDTH]
+    yield from row(["", "Time", "Threads", "Longest stall of the event loop"], widths)
+    yield rule(widths)
+    for name, load in loads.items():
+        cells = [name, f"{load['seconds']:.2f} s", str(load["threads"])]
+        yield from row([*cells, f"{load['stall'] * 1000:.0f} ms"], widths)
+
+
+def rule(widths):
+    """Return the line between two rows."""
+    return "-+-".join("-" * column for column in widths)
 
 
 def cell(answer):
@@ -194,32 +217,53 @@ def row(cells, widths):
         yield line.rstrip()
 
 
-def report(stock, fork):
-    """Print the results; return the exit code."""
-    for result, name in ((stock, "stock Django"), (fork, "the fork")):
+def report(results):
+    """Print the results, stock Django's first; return the exit code."""
+    stock, *forks = results.values()
+    for name, result in results.items():
         if "error" in result:
-            print(f"demo.py: With {name}: {result['error']}", file=sys.stderr)
-    if "error" in fork:
+            print(f"demo.py: {name}: {result['error']}", file=sys.stderr)
+    if any("error" in fork for fork in forks):
         return 1
     if "error" in stock:
         return 2
-    width = min(shutil.get_terminal_size((100, 24)).columns, 140)
-    print(f"\nPostgreSQL {fork['postgresql']}, Python {fork['python']}\n")
-    print("\n".join(table(stock, fork, width)))
-    kept = [sum(answer["kept"] for answer in r["answers"]) for r in (stock, fork)]
-    total = len(fork["answers"])
-    print(f"\nAs promised: stock {kept[0]} of {total}, fork {kept[1]} of {total}.")
-    return 0 if kept[1] == total else 1
+    width = min(shutil.get_terminal_size((120, 24)).columns, 160)
+    print(f"\nPostgreSQL {stock['postgresql']}, Python {stock['python']}\n")
+    print("\n".join(table(results, width)))
+    print(f"\n{stock['load']['title']}:\n")
+    print("\n".join(load_table(results)))
+    total = len(stock["answers"])
+    kept = {
+        name: sum(answer["kept"] for answer in result["answers"])
+        for name, result in results.items()
+    }
+    counts = ", ".join(f"{name} {count} of {total}" for name, count in kept.items())
+    print(f"\nAs promised: {counts}.")
+    broken = False
+    for name, fork in list(results.items())[1:]:
+        if not fork["load"]["kept"]:
+            print(
+                f"{name}: The transactions did not run at the same time, or native "
+                "mode used threads."
+            )
+            broken = True
+        broken = broken or kept[name] < total
+    return 1 if broken else 0
 
 
-def run():
+def run(tree=None):
     """Run the demo; return the exit code."""
     with tempfile.TemporaryDirectory(prefix="demo-") as name:
         directory = pathlib.Path(name)
         progress("Installing stock Django")
         stock = create_environment(directory / "stock", stock_requirement(), DRIVER)
-        progress("Building and installing the fork")
-        fork = create_environment(directory / "fork", ROOT, DRIVER)
+        if tree is None:
+            progress("Building and installing the fork")
+            requirements = [f"{ROOT}[async]"]
+        else:
+            progress("Installing what the fork needs")
+            requirements = [stock_requirement(), *OF_TREE]
+        fork = create_environment(directory / "fork", *requirements, DRIVER)
         if not os.environ.get("DATABASE_URL"):
             progress("Installing and starting PostgreSQL")
             binaries = directory / "postgresql"
@@ -230,22 +274,31 @@ def run():
             server = postgres.server()
         with server as url:
             progress("Asking stock Django")
-            of_stock = run_worker(stock, url)
+            results = {"Stock": run_worker(stock, url)}
             progress("Asking the fork")
-            of_fork = run_worker(fork, url)
+            results["Thread mode"] = run_worker(fork, url, tree=tree)
+            progress("Asking the fork in native mode")
+            results["Native mode"] = run_worker(fork, url, "--native", tree=tree)
         progress("Cleaning up")
-    return report(of_stock, of_fork)
+    return report(results)
 
 
 def main(arguments):
     """Run the command line; return the exit code."""
-    if arguments:
-        print(__doc__.strip())
-        return 0 if arguments in (["-h"], ["--help"]) else 2
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tree",
+        type=pathlib.Path,
+        help="show this tree (for example build/django, while editing it) instead of "
+        "what this repository builds",
+    )
+    tree = parser.parse_args(arguments).tree
     try:
         ensure_python()
         unwind_on_termination()
-        return run()
+        return run(tree and tree.resolve())
     except (DemoError, ServerError) as error:
         print(f"demo.py: {error}", file=sys.stderr)
         return 2

@@ -2,11 +2,13 @@
 Answer the forum's questions with the Django that is installed.
 
     python scripts/demo_worker.py
+    python scripts/demo_worker.py --native
 
-demo.py starts this once with stock Django and once with the fork. It uses the
-server that DATABASE_URL names, creates one table there and drops it. The
-output is a JSON object: the versions, and for each question what was observed
-and whether the fork's promise was kept.
+demo.py starts this with stock Django, with the fork, and with the fork in
+native mode. It uses the server that DATABASE_URL names, creates one table
+there and drops it. The output is a JSON object: the versions, for each
+question what was observed and whether the fork's promise was kept, and what
+many concurrent transactions cost.
 
 Exit codes: 0 if all questions were answered, 2 if the server does not answer.
 """
@@ -18,18 +20,29 @@ import inspect
 import json
 import os
 import sys
+import threading
+import time
 
 import postgres
 import psycopg
-from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 from own_server import ServerError
 
 import django
 from django.conf import settings
-from django.db import connection, models, transaction
+from django.db import connection, connections, models, transaction
 
 APPLICATION_NAME = f"demo-{os.getpid()}"
 TIMEOUT = 20
+
+# How many transactions there are at once, and how long each one takes, in
+# seconds. They share a pool.
+TRANSACTIONS = 100
+DURATION = 0.05
+POOL_SIZE = 20
+
+# Seconds between two looks at the event loop.
+INTERVAL = 0.001
 
 
 class AsyncAtomicContextManager(transaction.Atomic):
@@ -283,7 +296,94 @@ def answer(question, observer):
     }
 
 
-def configure(database):
+class Meter:
+    """
+    Measure the time, the event loop's longest stall, and how many threads
+    there are at a time, its own included, besides those that were there.
+    """
+
+    async def __aenter__(self):
+        self.stall, self.threads = 0, 1
+        self.others = threading.active_count() - 1
+        self.watcher = asyncio.create_task(self.watch())
+        await asyncio.sleep(INTERVAL)
+        self.start = time.monotonic()
+        return self
+
+    async def watch(self):
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(INTERVAL)
+            self.stall = max(self.stall, time.monotonic() - before - INTERVAL)
+            self.threads = max(self.threads, threading.active_count() - self.others)
+
+    async def __aexit__(self, *exc_info):
+        self.seconds = time.monotonic() - self.start
+        # The watcher has yet to see the end.
+        await asyncio.sleep(2 * INTERVAL)
+        self.watcher.cancel()
+
+
+def sleep_in_database():
+    """Run a query that takes the time of a transaction."""
+    with connections["pooled"].cursor() as cursor:
+        cursor.execute("SELECT pg_sleep(%s)", [DURATION])
+
+
+def sleep_in_transaction():
+    """Do so with stock Django, as its documentation recommends."""
+    try:
+        with transaction.atomic(using="pooled"):
+            sleep_in_database()
+    finally:
+        # The ASGI handler does it at the end of a request.
+        connections["pooled"].close()
+
+
+async def request():
+    """Be a request that consists of a transaction."""
+    # The ASGI handler gives each request a thread for synchronous code.
+    async with ThreadSensitiveContext():
+        if hasattr(transaction, "aatomic"):
+            async with transaction.aatomic(using="pooled"):
+                await django.db.run_sync(sleep_in_database)
+        else:
+            await sync_to_async(sleep_in_transaction)()
+
+
+async def many_requests():
+    # What is done once doesn't count.
+    await request()
+    async with Meter() as meter:
+        async with asyncio.timeout(TIMEOUT), asyncio.TaskGroup() as tasks:
+            for _ in range(TRANSACTIONS):
+                tasks.create_task(request())
+    return meter
+
+
+def measure(native):
+    """Return what concurrent transactions cost, and whether as promised."""
+    pool = connections["pooled"].pool
+    pool.open(wait=True)
+    try:
+        meter = asyncio.run(many_requests())
+    finally:
+        connections["pooled"].close_pool()
+    # One after the other, they would take longer.
+    kept = meter.seconds < TRANSACTIONS * DURATION
+    return {
+        "title": (
+            f"{TRANSACTIONS} concurrent transactions of {DURATION * 1000:.0f} ms each, "
+            f"in as many requests, on a pool of {POOL_SIZE} connections"
+        ),
+        "seconds": meter.seconds,
+        "threads": meter.threads,
+        "stall": meter.stall,
+        "kept": kept and (meter.threads == 1 or not native),
+    }
+
+
+def configure(database, native):
     """Set Django up for one table."""
     global Entry
 
@@ -292,7 +392,10 @@ def configure(database):
         # A lock that is never released must not look like patience.
         "options": f"-c lock_timeout={TIMEOUT}s",
     }
-    settings.configure(DATABASES={"default": database})
+    database["ASYNC_NATIVE"] = native
+    pool = {"min_size": POOL_SIZE, "max_size": POOL_SIZE, "timeout": TIMEOUT}
+    pooled = {**database, "OPTIONS": {**database["OPTIONS"], "pool": pool}}
+    settings.configure(DATABASES={"default": database, "pooled": pooled})
     django.setup()
 
     class Entry(models.Model):
@@ -304,11 +407,12 @@ def configure(database):
             db_table = f"aatomic_demo_{os.getpid()}"
 
 
-def main():
+def main(arguments):
     """Answer the questions; return the exit code."""
     url = os.environ["DATABASE_URL"]
+    native = arguments == ["--native"]
     try:
-        configure(postgres.database_settings(url))
+        configure(postgres.database_settings(url), native)
     except ServerError as error:
         print(error, file=sys.stderr)
         return 2
@@ -317,6 +421,7 @@ def main():
     observer = Observer(url)
     try:
         answers = [answer(question, observer) for question in QUESTIONS]
+        load = measure(native)
     finally:
         observer.connection.execute(f"DROP TABLE {Entry._meta.db_table}")
     version = observer.connection.info.server_version
@@ -325,10 +430,11 @@ def main():
         "python": ".".join(map(str, sys.version_info[:3])),
         "postgresql": f"{version // 10000}.{version % 10000}",
         "answers": answers,
+        "load": load,
     }
     print(json.dumps(result))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -14,7 +14,7 @@ import own_server
 import postgres
 
 
-def result(*kept, version="6.1.3"):
+def result(*kept, version="6.1.3", load=True):
     """Return what a worker reports."""
     answers = [
         {"question": f"Question {number}?", "kept": value, "observed": "Observed."}
@@ -25,6 +25,13 @@ def result(*kept, version="6.1.3"):
         "python": "3.13.0",
         "postgresql": "18.6",
         "answers": answers,
+        "load": {
+            "title": "10 transactions",
+            "seconds": 0.254,
+            "threads": 7,
+            "stall": 0.0306,
+            "kept": load,
+        },
     }
 
 
@@ -38,37 +45,67 @@ class OutputMixin:
 
 
 class ReportTests(OutputMixin, unittest.TestCase):
+    def report(self, stock, fork, native=None):
+        """Return the exit code, and what was written to stdout and stderr."""
+        results = {"Stock": stock, "Thread mode": fork, "Native mode": native or fork}
+        return self.call(demo.report, results)
+
     def test_kept(self):
-        code, stdout, _ = self.call(
-            demo.report,
-            result(False, True),
+        code, stdout, _ = self.report(
+            result(False, True, load=False),
             result(True, True, version="6.1.3+aatomic.1"),
         )
         self.assertEqual(code, 0)
         self.assertIn("Stock: Django 6.1.3 ", stdout)
-        self.assertIn("Fork: Django 6.1.3+aatomic.1", stdout)
-        self.assertIn("As promised: stock 1 of 2, fork 2 of 2.", stdout)
+        self.assertIn(" 6.1.3+aatomic.1 ", stdout)
+        self.assertIn(
+            "As promised: Stock 1 of 2, Thread mode 2 of 2, Native mode 2 of 2.", stdout
+        )
 
     def test_broken(self):
-        code, stdout, _ = self.call(demo.report, result(True), result(False))
+        code, stdout, _ = self.report(result(True), result(False), result(True))
         self.assertEqual(code, 1)
-        self.assertIn("fork 0 of 1", stdout)
+        self.assertIn("Thread mode 0 of 1", stdout)
+
+    def test_broken_in_native_mode(self):
+        code, stdout, _ = self.report(result(True), result(True), result(False))
+        self.assertEqual(code, 1)
+        self.assertIn("Native mode 0 of 1", stdout)
+
+    def test_load_broken(self):
+        for index, name in ((1, "Thread mode: "), (2, "Native mode: ")):
+            results = [result(True), result(True), result(True)]
+            results[index]["load"]["kept"] = False
+            code, stdout, _ = self.report(*results)
+            with self.subTest(name=name):
+                self.assertEqual(code, 1)
+                self.assertIn(f"\n{name}The transactions ", stdout)
 
     def test_fork_fails(self):
-        code, _, stderr = self.call(demo.report, result(True), {"error": "Traceback"})
-        self.assertEqual(code, 1)
-        self.assertIn("With the fork: Traceback", stderr)
+        for index, name in ((1, "Thread mode: "), (2, "Native mode: ")):
+            results = [result(True), result(True), result(True)]
+            results[index] = {"error": "Traceback"}
+            code, _, stderr = self.report(*results)
+            with self.subTest(name=name):
+                self.assertEqual(code, 1)
+                self.assertIn(f"demo.py: {name}Traceback", stderr)
 
     def test_stock_fails(self):
-        code, _, stderr = self.call(demo.report, {"error": "Traceback"}, result(True))
+        code, _, stderr = self.report({"error": "Traceback"}, result(True))
         self.assertEqual(code, 2)
-        self.assertIn("With stock Django: Traceback", stderr)
+        self.assertIn("demo.py: Stock: Traceback", stderr)
 
     def test_table(self):
-        lines = list(demo.table(result(False, True), result(True, True), 100))
+        results = {"Stock": result(False, True), "Thread mode": result(True, True)}
+        lines = list(demo.table(results, 100))
         self.assertEqual(max(map(len, lines)), 100)
         columns = [[cell.strip() for cell in line.split("|")] for line in lines]
         self.assertIn(["Question 1?", "NO. Observed.", "Yes. Observed."], columns)
+
+    def test_load_table(self):
+        lines = list(demo.load_table({"Stock": result(), "Thread mode": result()}))
+        columns = [[cell.strip() for cell in line.split("|")] for line in lines]
+        self.assertIn(["Thread mode", "0.25 s", "7", "31 ms"], columns)
 
 
 class PythonTests(OutputMixin, unittest.TestCase):
@@ -144,16 +181,30 @@ class PreparationTests(unittest.TestCase):
 
 
 class WorkerTests(unittest.TestCase):
-    def run_worker(self, code):
+    def run_worker(self, code, *args, **kwargs):
         with tempfile.TemporaryDirectory() as name:
             worker = pathlib.Path(name) / "worker.py"
             worker.write_text(code)
             with mock.patch("demo.WORKER", worker):
-                return demo.run_worker(sys.executable, "postgresql:///name")
+                return demo.run_worker(
+                    sys.executable, "postgresql:///name", *args, **kwargs
+                )
 
     def test_result(self):
         code = "import json, os; print(json.dumps(os.environ['DATABASE_URL']))"
         self.assertEqual(self.run_worker(code), "postgresql:///name")
+
+    def test_arguments(self):
+        code = "import json, sys; print(json.dumps(sys.argv[1:]))"
+        self.assertEqual(self.run_worker(code, "--native"), ["--native"])
+
+    def test_tree(self):
+        """Only the given tree is imported, whatever PYTHONPATH is."""
+        code = "import json, os; print(json.dumps(os.environ.get('PYTHONPATH')))"
+        with mock.patch.dict(os.environ, PYTHONPATH="/elsewhere"):
+            self.assertIsNone(self.run_worker(code))
+            tree = pathlib.Path("/tree")
+            self.assertEqual(self.run_worker(code, tree=tree), "/tree")
 
     def test_crash(self):
         self.assertIn("ZeroDivisionError", self.run_worker("1 / 0")["error"])
@@ -177,7 +228,8 @@ class CommandTests(unittest.TestCase):
             encoding="utf-8",
         )
         self.assertEqual(result.returncode, 0)
-        self.assertEqual(result.stdout.strip(), demo.__doc__.strip())
+        self.assertIn(demo.__doc__.strip(), result.stdout)
+        self.assertIn("--tree", result.stdout)
 
 
 if __name__ == "__main__":
