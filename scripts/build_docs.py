@@ -101,11 +101,11 @@ def has_same_content(page, other):
 def check_html(tree, pristine, directory):
     step("Building the fork's documentation")
     warnings = run_sphinx("html", tree / "docs", directory / "fork")
-    if warnings:
-        step(f"{len(warnings)} warnings; building pristine Django's documentation")
-        known = run_sphinx("html", pristine / "docs", directory / "pristine")
-        warnings = new_warnings(warnings, known)
-    return warnings
+    if not warnings:
+        return []
+    step(f"{len(warnings)} warnings; building pristine Django's documentation")
+    known = run_sphinx("html", pristine / "docs", directory / "pristine")
+    return new_warnings(warnings, known)
 
 
 def check_command(tree, *command):

@@ -93,6 +93,13 @@ class BuildDocsTests(unittest.TestCase):
         )
         self.assertEqual(status.stdout, " M docs/topic.txt\n")
 
+    def test_no_warning(self):
+        """Pristine documentation isn't built if there's nothing to compare."""
+        self.write("docs/contents.txt", CONTENTS.replace(":func:`asyncio.run`", "it"))
+        process = self.call()
+        self.assertEqual(process.returncode, 0, process.stdout + process.stderr)
+        self.assertNotIn("pristine", process.stdout)
+
     def test_new_warning(self):
         self.write("docs/topic.txt", f"{TOPIC}\nUse :func:`unknown`.\n")
         self.assertProblem("topic.txt:6", "reference target not found: unknown")
