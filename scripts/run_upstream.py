@@ -3,6 +3,7 @@ Run Django's own test suite on Django and on the fork, and compare.
 
     python scripts/run_upstream.py sqlite-memory
     python scripts/run_upstream.py postgres --parallel 4
+    python scripts/run_upstream.py postgres-native
     python scripts/run_upstream.py sqlite-memory admin_views auth_tests
 
 Materialise Django and the fork next to each other, without the test apps the
@@ -16,8 +17,12 @@ PostgreSQL is started by postgres.py, unless DATABASE_URL is set. Then the
 server needs ICU and the extensions in contrib, which the embedded one has only
 in part: tests that use the rest fail there, on Django as on the fork.
 
-Exit codes: 0 if the fork fails no other test, 1 if it does, crashes, hangs, or
-runs fewer tests, 2 if there is nothing to compare.
+With postgres-native, the fork has ASYNC_NATIVE, and the body of each test is
+run on an event loop, by native_bodies.py, while Django is run on postgres. The
+waits for PostgreSQL are counted. Each has to be awaited on the event loop.
+
+Exit codes: 0 if the fork fails no other test, 1 if it does, crashes, hangs,
+runs fewer tests, or blocks an event loop, 2 if there is nothing to compare.
 """
 
 import argparse
@@ -30,11 +35,13 @@ import pathlib
 import pprint
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
 import time
 
+import native_bodies
 import postgres
 import run_tests
 import shown
@@ -54,10 +61,20 @@ from test_sqlite import *
 DATABASES = {}
 """
 
+# Added to them for the fork by postgres-native.
+NATIVE_BODIES = """\
+
+import native_bodies
+
+native_bodies.install({!r})
+"""
+
 # What the tables of Django's tests need on PostgreSQL, which the embedded
 # server doesn't have.
 COLLATION = "sv-x-icu"
 EXTENSIONS = {"pgcrypto", "uuid-ossp"}
+
+DATABASES = ["sqlite-memory", "postgres", "postgres-native"]
 
 PATHS = ("--name-only", "-z", "--no-renames", "pristine", "HEAD", "--", "tests")
 
@@ -88,6 +105,8 @@ class Result:
     skipped: int
     seconds: float
     crash: str = ""
+    # Of postgres-native only.
+    waits: native_bodies.Waits | None = None
 
     def __str__(self):
         if self.crash:
@@ -159,10 +178,12 @@ def databases(kind):
         yield run_tests.sqlite_memory()
     else:
         with postgres.server() as url, postgres.SERVER.directory() as directory:
-            settings = run_tests.on_server(postgres.database_settings(url))
+            settings = postgres.database_settings(url)
+            if kind == "postgres-native":
+                settings["ASYNC_NATIVE"] = True
             if not os.environ.get("DATABASE_URL"):
                 complete_server(url, directory)
-            yield settings
+            yield run_tests.on_server(settings)
 
 
 def complete_server(url, directory):
@@ -210,8 +231,15 @@ def run_suite(kind, tree, arguments, timeout):
         tempfile.TemporaryDirectory(prefix="run-upstream-") as name,
     ):
         directory = pathlib.Path(name)
-        module = directory / f"{SETTINGS_MODULE}.py"
-        module.write_text(SETTINGS.format(pprint.pformat(settings)))
+        text = SETTINGS.format(pprint.pformat(settings))
+        is_native = kind == "postgres-native"
+        if is_native:
+            reports = directory / "reports"
+            reports.mkdir()
+            # Alone: a test may import what's called as another script.
+            shutil.copy(native_bodies.__file__, directory)
+            text += NATIVE_BODIES.format(str(reports))
+        (directory / f"{SETTINGS_MODULE}.py").write_text(text)
         env = {
             **os.environ,
             "PYTHONPATH": shown.python_path(tree, tree / "tests", directory),
@@ -223,7 +251,10 @@ def run_suite(kind, tree, arguments, timeout):
         returncode, output = shown.run_shown(
             [*command, "--noinput", *arguments], tree / "tests", env, timeout
         )
-        return parse_output(output, returncode, time.monotonic() - start)
+        result = parse_output(output, returncode, time.monotonic() - start)
+        if is_native:
+            result.waits = native_bodies.Waits.read(reports)
+        return result
 
 
 def title(text):
@@ -237,7 +268,7 @@ def show(heading, failures):
             print(f"  {status}: {name}" + (f" ({number} times)" * (number > 1)))
 
 
-def run_again(trees, kind, failures, timeout):
+def run_again(runs, failures, timeout):
     """
     Run the tests that fail on the fork only again, alone, on both.
 
@@ -245,7 +276,7 @@ def run_again(trees, kind, failures, timeout):
     """
     labels = sorted({name for _, name in failures})
     results = []
-    for name, tree in trees.items():
+    for name, (kind, tree) in runs.items():
         title(f"again, on {name}: {len(labels)} labels")
         results.append(run_suite(kind, tree, [*labels, "--parallel=1"], timeout))
     pristine, fork = results
@@ -265,6 +296,8 @@ def compare(pristine, fork, confirm):
     title("summary")
     print(f"Django: {pristine}")
     print(f"fork:   {fork}")
+    if fork.waits is not None:
+        print(f"        {fork.waits}")
     show("Fail on both", fork.failures & pristine.failures)
     if not fork.crash:
         show("Fail on Django only, not counted", pristine.failures - fork.failures)
@@ -283,6 +316,9 @@ def compare(pristine, fork, confirm):
     if missing > 0 and not fork.crash:
         print(f"THE FORK DID NOT RUN {missing} OF THE TESTS.")
     good = not only_fork and not fork.crash and missing <= 0
+    if fork.waits is not None and not fork.waits.are_good():
+        print("NOT ALL WAITS, OR NONE, WERE AWAITED.")
+        good = False
     print("No difference." if good else "The fork differs.", flush=True)
     return good
 
@@ -291,7 +327,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("database", choices=["sqlite-memory", "postgres"])
+    parser.add_argument("database", choices=DATABASES)
     parser.add_argument("labels", nargs="*", help="what to run instead of everything")
     parser.add_argument(
         "--tree",
@@ -321,7 +357,9 @@ def main(arguments):
     unwind_on_termination()
     timeout = 60 * options.timeout
     suite = [*options.labels, f"--parallel={options.parallel}"]
-    key = shlex.join([options.database, *suite])
+    kind = options.database
+    pristine_kind = "postgres" if kind == "postgres-native" else kind
+    key = shlex.join([pristine_kind, *suite])
     try:
         with tempfile.TemporaryDirectory(prefix="run-upstream-") as name:
             directory = pathlib.Path(name)
@@ -335,18 +373,19 @@ def main(arguments):
                 print(f"Django's result is taken from {options.baseline}.")
             else:
                 title(f"Django, {key}")
-                pristine = run_suite(options.database, pristine_tree, suite, timeout)
+                pristine = run_suite(pristine_kind, pristine_tree, suite, timeout)
                 if pristine.crash:
                     raise TestsError(f"The run on Django did not end: {pristine}.")
                 if options.baseline:
                     pristine.save(options.baseline, key)
-            title(f"the fork, {key}")
-            fork = run_suite(options.database, fork_tree, suite, timeout)
-            trees = {"Django": pristine_tree, "the fork": fork_tree}
+            title(f"the fork, {shlex.join([kind, *suite])}")
+            fork = run_suite(kind, fork_tree, suite, timeout)
+            runs = {
+                "Django": (pristine_kind, pristine_tree),
+                "the fork": (kind, fork_tree),
+            }
             good = compare(
-                pristine,
-                fork,
-                lambda failures: run_again(trees, options.database, failures, timeout),
+                pristine, fork, lambda failures: run_again(runs, failures, timeout)
             )
             return 0 if good else 1
     except (TestsError, ChainError, Unusable, ServerError) as error:

@@ -10,6 +10,8 @@ import unittest
 from collections import Counter
 from unittest import mock
 
+import native_bodies
+import run_tests
 import run_upstream
 from gittree import Git
 
@@ -314,6 +316,171 @@ class CommandTests(unittest.TestCase):
         code, _, stderr = self.call("--tree", str(self.directory))
         self.assertEqual(code, 2)
         self.assertIn("not a tree made by materialise.py", stderr)
+
+
+# Its tests wait for PostgreSQL in the ways that the fork's do.
+NATIVE_TESTS = """
+import asyncio
+import contextvars
+import unittest
+
+import psycopg
+from django.db import bridge, connection, connections
+from django.test import TestCase, TransactionTestCase
+from native_bodies import OUTSIDE, waits
+
+OUTSIDE["native_suite.tests.OutsideTests"] = "A test."
+var = contextvars.ContextVar("var", default=None)
+
+
+def query():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+        return cursor.fetchone()
+
+
+class Tests(TestCase):
+    def setUp(self):
+        self.assertIsNone(bridge.current())
+
+    def tearDown(self):
+        self.assertIsNone(bridge.current())
+        self.assertEqual(var.get(), self._testMethodName)
+
+    def test_function(self):
+        var.set("test_function")
+        self.assertIsNotNone(bridge.current())
+        self.assertIs(connection.in_atomic_block, True)
+        before = waits.awaited
+        self.assertEqual(query(), (1,))
+        self.assertGreater(waits.awaited, before)
+
+    async def test_coroutine(self):
+        var.set("test_coroutine")
+        self.assertIsNone(bridge.current())
+        self.assertIsNotNone(asyncio.current_task())
+
+    def test_in_test(self):
+        var.set("test_in_test")
+        result = unittest.TestResult()
+        InnerTests("method").run(result)
+        self.assertIs(result.wasSuccessful(), True)
+
+
+class InnerTests(unittest.TestCase):
+    def method(self):
+        self.assertEqual(query(), (1,))
+
+
+class TransactionTests(TransactionTestCase):
+    available_apps = []
+
+    def test_function(self):
+        self.assertEqual(query(), (1,))
+
+
+class OutsideTests(TestCase):
+    def test_function(self):
+        self.assertIsNone(bridge.current())
+
+
+class PlainTests(unittest.TestCase):
+    def test_query(self):
+        # Nobody but the plugin closes its connection.
+        self.assertEqual(query(), (1,))
+"""
+
+BLOCKING_TESTS = """
+
+def parameters():
+    params = connection.get_connection_params()
+    return {name: params[name] for name in ("dbname", "host", "port", "user")}
+
+
+class BlockingTests(TestCase):
+    def test_connect(self):
+        psycopg.connect(**parameters()).close()
+
+    def test_query(self):
+        self.conn.execute("SELECT 1")
+
+    def test_swallowed(self):
+        with self.assertRaises(ZeroDivisionError):
+            self.conn.execute("SELECT 1")
+            1 / 0
+
+    def setUp(self):
+        self.conn = psycopg.connect(**parameters())
+        self.addCleanup(self.conn.close)
+"""
+
+
+class NativeTests(unittest.TestCase):
+    """postgres-native, on a tiny suite."""
+
+    @classmethod
+    def setUpClass(cls):
+        temp_dir = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(temp_dir.cleanup)
+        cls.tree = pathlib.Path(temp_dir.name, "django")
+        with contextlib.redirect_stdout(io.StringIO()):
+            run_tests.materialise(cls.tree)
+
+    def run_suite(self, text, *arguments):
+        """Return the result of a test module, and what was written."""
+        app = self.tree / "tests" / "native_suite"
+        app.mkdir(exist_ok=True)
+        (app / "__init__.py").write_text("")
+        (app / "tests.py").write_text(text)
+        stdout = io.TextIOWrapper(io.BytesIO())
+        with contextlib.redirect_stdout(stdout):
+            result = run_upstream.run_suite(
+                "postgres-native", self.tree, ["native_suite", *arguments], 120
+            )
+            stdout.flush()
+        output = stdout.buffer.getvalue().decode()
+        self.assertEqual(result.crash, "", output)
+        return result, output
+
+    def test_bodies(self):
+        result, output = self.run_suite(NATIVE_TESTS, "--parallel=1")
+        self.assertEqual(result.failures, {}, output)
+        self.assertEqual(result.tests, 6)
+        self.assertEqual(result.waits.bodies, 5)
+        self.assertGreater(result.waits.awaited, 3)
+        self.assertIs(result.waits.are_good(), True)
+
+    def test_blocking(self):
+        """In the processes of a parallel run, too."""
+        text = NATIVE_TESTS + BLOCKING_TESTS
+        result, output = self.run_suite(text, "--parallel=2")
+        names = ["test_connect", "test_query", "test_swallowed"]
+        failures = {
+            ("FAIL", f"native_suite.tests.BlockingTests.{name}"): 1 for name in names
+        }
+        self.assertEqual(result.failures, failures, output)
+        self.assertIn("in test_swallowed", output)
+        self.assertEqual(result.waits.bodies, 8)
+        self.assertGreaterEqual(result.waits.blocking, 3)
+        self.assertIs(result.waits.are_good(), False)
+
+
+class WaitsTests(unittest.TestCase):
+    def test_summary(self):
+        """A run fails if it blocked an event loop, or awaited nothing."""
+        pristine = run_upstream.Result(Counter(), 1, 0, 1)
+        for awaited, blocking, good in ((3, 0, True), (3, 1, False), (0, 0, False)):
+            with self.subTest(awaited=awaited, blocking=blocking):
+                waits = native_bodies.Waits(1, awaited, blocking)
+                fork = run_upstream.Result(Counter(), 1, 0, 1, waits=waits)
+                stdout = io.StringIO()
+                with contextlib.redirect_stdout(stdout):
+                    result = run_upstream.compare(pristine, fork, None)
+                self.assertIs(result, good)
+                self.assertIn(
+                    f"1 bodies in the bridge, {awaited} waits awaited, {blocking} that",
+                    stdout.getvalue(),
+                )
 
 
 class PostgreSQLTests(unittest.TestCase):
