@@ -24,10 +24,16 @@ import unittest
 
 # Names of tests, or how they begin, and why that is.
 OUTSIDE = {
+    "admin_scripts.tests.ManageRunserver.test_no_database": (
+        "It makes a connection to a database that isn't native."
+    ),
     "async.tests.ViewTests.test_http_method_not_allowed": "It calls asyncio.run().",
     "async.tests.ViewTests.test_options_handler": "It calls asyncio.run().",
+    "deprecation.test_middleware_mixin.MiddlewareMixinTests.test_sync_to_async_uses": (
+        "It expects sync_to_async() to use the thread that runs the event loop."
+    ),
     "test_runner.tests.SetupDatabasesTests.": (
-        "They make connections to databases of their own, which aren't native."
+        "They make connections to databases that aren't native."
     ),
 }
 
