@@ -4,6 +4,7 @@ Run the fork's tests, and the upstream tests it affects, on one database.
     python scripts/run_tests.py sqlite
     python scripts/run_tests.py postgres --upstream
     python scripts/run_tests.py postgres-native
+    python scripts/run_tests.py postgres-mixed async_bridge.test_mixed_aliases
     python scripts/run_tests.py mariadb --upstream
     python scripts/run_tests.py sqlite-memory transactions -- -k savepoint
 
@@ -68,7 +69,10 @@ SETTINGS = {
     "DEFAULT_AUTO_FIELD": "django.db.models.AutoField",
 }
 
-DATABASES = ["sqlite", "sqlite-memory", "postgres", "postgres-native", "mariadb"]
+# The aliases that wait on the event loop. In the mixed kind, some do.
+NATIVE = {"postgres-native": ["default", "other"], "postgres-mixed": ["other"]}
+
+DATABASES = ["sqlite", "sqlite-memory", "postgres", *NATIVE, "mariadb"]
 
 ALIASES = ["default", "other"]
 
@@ -166,9 +170,8 @@ def run_on(database, tree, directory, arguments):
             return run(tree, directory, databases, arguments)
     with postgres.server() as url:
         databases = on_server(postgres.database_settings(url))
-        if database == "postgres-native":
-            for settings in databases.values():
-                settings["ASYNC_NATIVE"] = True
+        for alias in NATIVE.get(database, []):
+            databases[alias]["ASYNC_NATIVE"] = True
         return run(tree, directory, databases, arguments)
 
 
