@@ -77,7 +77,7 @@ def cancel_statement(connection, count):
             thread.start()
         except RuntimeError:
             done.set()
-            _log_failure()
+            log_failure()
 
 
 def _cancel(connection, turn, count, done):
@@ -86,10 +86,10 @@ def _cancel(connection, turn, count, done):
             connection.cancel_query()
             time.sleep(INTERVAL)
     except Exception:
-        _log_failure()
+        log_failure()
     finally:
         done.set()
 
 
-def _log_failure():
+def log_failure():
     logger.warning("A query couldn't be cancelled.", exc_info=True)

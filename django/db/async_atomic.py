@@ -24,7 +24,7 @@ from inspect import isawaitable
 
 from asgiref.sync import AsyncToSync
 
-from django.db import belonging, connections, scopes, sharing, threads
+from django.db import belonging, connections, deserted, scopes, sharing, threads
 from django.db.abandoned import cancel_statement
 from django.db.async_calls import is_asynchronous
 from django.db.utils import DEFAULT_DB_ALIAS, Error
@@ -89,6 +89,8 @@ class _Entry:
     def __init__(self, atomic, alias, connection):
         self.atomic = atomic
         self.executor = None
+        # django.db.native, if that's how its database is waited for.
+        self.native = native_mode(alias)
         self.hooks = []
         self.block = belonging.Block(
             alias,
@@ -101,12 +103,13 @@ class _Entry:
 
     async def leave(self, exc_type, exc_value, traceback):
         if asyncio._get_running_loop() is None:
-            # A coroutine is destroyed whose loop was closed. Its thread ends
-            # the transaction.
+            # A coroutine is destroyed whose loop was closed. The thread that
+            # looks after that ends the transaction.
             return
         if exc_type is None and not self.block.ended:
             try:
                 await self._wait_for_nested()
+                await self.note_cancellations()
                 if self.block.cancelled:
                     raise belonging.swallowed(self.block)
             except BaseException as exc:
@@ -115,6 +118,14 @@ class _Entry:
                     return
                 raise
         await self._exit(exc_type, exc_value, traceback)
+
+    async def note_cancellations(self):
+        """
+        Let calls of synchronous code that were cancelled be noted in native
+        mode, too: asyncio tells their futures so in callbacks.
+        """
+        if self.native and threads.may_be_cancelled(self.block):
+            await asyncio.sleep(0)
 
     async def _wait_for_nested(self):
         """Wait for blocks of tasks that were started inside to be left."""
@@ -142,7 +153,7 @@ class _Entry:
             self.block.leaving = True
             cancel_statement(self.block.connection, turn.count)
         try:
-            await self._run(func, urgent=exc_type is not None)
+            await self._run(func, urgent=exc_type is not None, shielded=True)
         finally:
             if self.block.ended:
                 belonging.end(self.block)
@@ -169,6 +180,9 @@ class _Entry:
         except asyncio.CancelledError as exc:
             if self.block.entered and not self.block.ended:
                 undo = partial(self._exit_atomic, type(exc), exc, None)
+                if self.native:
+                    await self.native.run(undo, self.block, shielded=True)
+                    raise
                 await threads.run_to_the_end(self._executors(), undo, self.block)
             raise
 
@@ -181,7 +195,9 @@ class _Entry:
                 yield block.thread
         yield from threads.thread_sensitive_executors()
 
-    async def _run(self, func, urgent=False):
+    async def _run(self, func, urgent=False, shielded=False):
+        if self.native:
+            return await self.native.run(func, self.block, shielded)
         executors = self._executors()
         result, cancelled = await threads.run_to_the_end(
             executors, func, self.block, urgent
@@ -199,6 +215,7 @@ class _Entry:
                     func,
                     robust,
                     "Error calling %s in on_commit() during transaction (%s).",
+                    self.block.alias,
                 )
             except asyncio.CancelledError as exc:
                 cancelled = exc
@@ -215,7 +232,8 @@ class _Nested(_Entry):
 
     async def enter(self):
         """Return whether the block around it was there to be entered."""
-        self.executor = next(threads.thread_sensitive_executors())
+        if self.native is None:
+            self.executor = next(threads.thread_sensitive_executors())
         enter_in_turn = sharing.in_turn(self._enter_atomic)
         timeout = sharing.TURN_TIMEOUT
         deadline = asyncio.get_running_loop().time() + timeout
@@ -252,9 +270,7 @@ class _Transaction(_Entry):
     async def enter(self):
         """Return True."""
         block = self.block
-        lease = self.scope.take(block.alias, connections.settings)
-        if lease is None:
-            lease = scopes.Lease(make_connection(block.alias))
+        lease = self._take()
         block.connection = connection = lease.connection
         if _is_single(connection):
             try:
@@ -273,7 +289,9 @@ class _Transaction(_Entry):
         try:
             await self._enter(self._enter_atomic)
         except BaseException:
-            if not block.ended:
+            if not block.ended and self.native:
+                await self.native.run(self._dispose, shielded=True)
+            elif not block.ended:
                 executors = self._executors()
                 if not self.executor.is_running():
                     # It couldn't be started.
@@ -282,7 +300,23 @@ class _Transaction(_Entry):
             raise
         belonging.begin(block)
         self.installed = threads.install(block)
+        if self.native:
+            deserted.watch.add(
+                block, asyncio.get_running_loop(), partial(desert_session, block)
+            )
         return True
+
+    def _take(self):
+        """Return a connection, and the thread that was kept with it if any."""
+        alias = self.block.alias
+        if self.native:
+            self.native.check(alias)
+            connection = make_connection(alias)
+            if not _is_single(connection):
+                self.native.take_session(self.scope, connection)
+            return scopes.Lease(connection)
+        lease = self.scope.take(alias, connections.settings)
+        return scopes.Lease(make_connection(alias)) if lease is None else lease
 
     def _enter_atomic(self):
         self.atomic.__enter__()
@@ -291,11 +325,7 @@ class _Transaction(_Entry):
         """Wait for the only connection to the database to be lent."""
         timeout = sharing.TURN_TIMEOUT
         while True:
-            # A thread that a transaction on another database has doesn't have
-            # the connection.
-            (lender, turn), cancelled = await threads.run_to_the_end(
-                threads.executors_outside(), self._lend, None
-            )
+            (lender, turn), cancelled = await self._ask_lender()
             if turn is None:
                 self.lender = lender
             if cancelled is not None:
@@ -305,30 +335,48 @@ class _Transaction(_Entry):
                 return
 
             def ready():
-                return lender.turn is not turn
+                return lender.turn is not turn or not lender.blocks
 
             if not await turn.comes(ready, timeout):
                 raise belonging.waited_in_vain(lender, timeout)
 
+    async def _ask_lender(self):
+        """Return what _lend() does, and a CancelledError of the meantime."""
+        if not self.native:
+            # A thread that a transaction on another database has doesn't have
+            # the connection.
+            return await threads.run_to_the_end(
+                threads.executors_outside(), self._lend, None
+            )
+        # Nothing in it waits but for connecting, before anything is lent.
+        return await self.native.run(self._lend), None
+
     def _lend(self):
         """
-        Lend the thread's connection to the transaction. Return it, and a turn
-        if that has to end first.
+        Lend the thread's connection to the transaction, or in native mode that
+        of its scope. Return it, and a turn if that has to end first.
 
         Since this runs in that thread, no statement is on its way.
         """
         lender = connections[self.block.alias]
         if lender.blocks:
             sharing.share(lender)
-        if lender.turn is not None:
+        if lender.blocks or (lender.turn is not None and not lender.serves_scope):
             return lender, lender.turn
         lender.ensure_connection()
+        if lender.serves_scope:
+            with sharing.taking_turn(lender):
+                self._lend_session(lender)
+        else:
+            self._lend_session(lender)
+        return lender, None
+
+    def _lend_session(self, lender):
         # In this order: threads of a live server may share it, and whoever
         # finds a turn has to find the block that it waits for.
         lender.blocks.append(self.block)
         sharing.share(lender, lent=True)
         _copy(LENT_ATTRIBUTES, lender, self.block.connection)
-        return lender, None
 
     def _give_back(self):
         lender, borrower = self.lender, self.block.connection
@@ -338,7 +386,10 @@ class _Transaction(_Entry):
         lender.connection, borrower.connection = borrower.connection, None
         lender.run_on_commit += borrower.run_on_commit
         lender.blocks.clear()
-        sharing.unshare(lender)
+        if lender.serves_scope:
+            lender.turn.changed()
+        else:
+            sharing.unshare(lender)
 
     def _uninstall(self):
         belonging.run_where_opened(self.block, threads.uninstall, self.installed)
@@ -365,7 +416,12 @@ class _Transaction(_Entry):
         worker = self.executor.spare_worker()
         self._give_back()
         sharing.retire(connection, block)
-        if worker is None or turn is None or turn.holders - self.executor.idents:
+        if self.native:
+            deserted.watch.discard(block)
+            is_idle = not self.executor.is_busy()
+        else:
+            is_idle = worker is not None
+        if not is_idle or turn is None or turn.threads() - self.executor.idents:
             # A cursor of somebody else may still refer to the driver's
             # connection, which a pool would hand on.
             with suppress(Error), connection.wrap_database_errors:
@@ -376,7 +432,10 @@ class _Transaction(_Entry):
             close_cursors(connection)
             if not _is_keepable(connection):
                 _close(connection)
-        if worker is not None:
+        if self.native:
+            if not self.native.give_session(self.scope, connection):
+                _close(connection)
+        elif worker is not None:
             lease = scopes.Lease(_successor(connection), worker)
             if self.scope.keep(lease):
                 self.executor.keep(worker)
@@ -494,9 +553,13 @@ def _successor(connection):
     refers to that doesn't get at the session.
     """
     successor = make_connection(connection.alias)
-    _copy(SESSION_ATTRIBUTES, connection, successor)
-    connection.connection = None
+    move_session(connection, successor)
     return successor
+
+
+def move_session(source, target):
+    _copy(SESSION_ATTRIBUTES, source, target)
+    source.connection = None
 
 
 def _copy(names, source, target):
@@ -521,6 +584,31 @@ def close_cursors(connection):
     for cursor in list(connection.cursors):
         with suppress(Error), connection.wrap_database_errors:
             cursor.close()
+
+
+def native_mode(alias):
+    """Return django.db.native if that's how a database is waited for."""
+    if alias not in connections.native_aliases:
+        return None
+    # It imports this module.
+    from django.db import native
+
+    return native
+
+
+def desert_session(block):
+    """
+    Have the server roll back after the event loop was closed. Whoever has the
+    turn in native mode never gives it back.
+    """
+    connection = block.connection
+    block.ended = True
+    with suppress(Exception):
+        connection.cancel_query()
+    with suppress(Exception):
+        connection.connection.close()
+    sharing.retire(connection, block)
+    _close(connection)
 
 
 def _close(connection):
@@ -567,8 +655,11 @@ def _is_single(connection):
     )
 
 
-async def run_hook(func, robust, message):
-    """Call a function or coroutine function given to on_commit()."""
+async def run_hook(func, robust, message, alias):
+    """
+    Call a function or coroutine function given to on_commit() of a connection
+    to `alias`.
+    """
     if isinstance(func, AsyncToSync):
         func = func.awaitable
     try:
@@ -576,6 +667,11 @@ async def run_hook(func, robust, message):
             await func()
             return
         # To its end, so that it isn't lost with a task that's cancelled.
+        if native := native_mode(alias):
+            result = await native.run(func, shielded=True)
+            if isawaitable(result):
+                await result
+            return
         result, cancelled = await threads.run_to_the_end(
             threads.thread_sensitive_executors(), func, belonging.current()
         )
@@ -591,11 +687,13 @@ async def run_hook(func, robust, message):
             raise cancelled
 
 
-async def run_in_thread(func):
+async def run_in_thread(func, alias):
     """
-    Call `func` where sync_to_async() would. If the task is cancelled, raise
-    that at the end.
+    Call `func`, which uses `alias`, where sync_to_async() would. If the task
+    is cancelled, raise that at the end.
     """
+    if native := native_mode(alias):
+        return await native.run(func, shielded=True)
     belonging.claim()
     result, cancelled = await threads.run_to_the_end(
         threads.thread_sensitive_executors(), func, belonging.current()

@@ -18,16 +18,20 @@ from django.db.utils import DEFAULT_DB_ALIAS
 
 
 async def _call(using, name, *args):
-    def call():
-        return getattr(connections[using or DEFAULT_DB_ALIAS], name)(*args)
+    alias = using or DEFAULT_DB_ALIAS
 
-    return await sync_to_async(call)()
+    def call():
+        return getattr(connections[alias], name)(*args)
+
+    return await sync_to_async(call, using=alias)()
 
 
 async def _call_to_the_end(using, name):
     """Call a method even if the task is cancelled meanwhile."""
     alias = using or DEFAULT_DB_ALIAS
     block = belonging.open_block(alias)
+    if block is not None and block.manual is not None:
+        await block.manual.note_cancellations()
 
     def call():
         connection = connections[alias]
@@ -36,7 +40,7 @@ async def _call_to_the_end(using, name):
         else:
             getattr(block.manual, name)(connection)
 
-    await run_in_thread(call)
+    await run_in_thread(call, alias)
 
 
 async def aget_autocommit(using=None):
@@ -58,7 +62,7 @@ async def aset_autocommit(autocommit, using=None):
     elif autocommit and block is not None and block.manual is not None:
         await block.manual.leave()
     else:
-        await sync_to_async(_set_autocommit)(alias, autocommit)
+        await sync_to_async(_set_autocommit, using=alias)(alias, autocommit)
 
 
 def _set_autocommit(alias, autocommit):
@@ -134,7 +138,8 @@ async def aon_commit(func, using=None, robust=False):
     Register `func`, a function or a coroutine function, to be called when the
     current transaction is committed. Outside of transactions, call it at once.
     """
-    connection = connections[using or DEFAULT_DB_ALIAS]
+    alias = using or DEFAULT_DB_ALIAS
+    connection = connections[alias]
     if (
         connection.in_atomic_block
         or not callable(func)
@@ -142,4 +147,4 @@ async def aon_commit(func, using=None, robust=False):
     ):
         await _call(using, "on_commit", func, robust)
     else:
-        await run_hook(func, robust, "Error calling %s in on_commit() (%s).")
+        await run_hook(func, robust, "Error calling %s in on_commit() (%s).", alias)

@@ -262,6 +262,25 @@ def claim():
         set_current(block)
 
 
+def call_for(block, func):
+    """
+    Call a function that enters or leaves a block of the current task. Until it
+    returns, the task is inside of that, and of nothing that's nested in it.
+    """
+    task = running_task()
+    opened, storage = _opened.get(task), inherited.get(None)
+    _opened[task] = block
+    set_current(block)
+    try:
+        return func()
+    finally:
+        inherited.set(storage)
+        if opened is not None:
+            _opened[task] = opened
+        else:
+            _opened.pop(task, None)
+
+
 def begin(block):
     """Let the current task be inside `block`, which has been entered."""
     if block.task is not None:
@@ -365,6 +384,14 @@ def decide(*, strict, ended, same_thread, moved, runs_loop):
     return OWN
 
 
+def is_moved(home, here, origin):
+    """
+    Return whether asgiref brought a context with the tag `home` to the thread
+    `here`. Copied by hand, it still has the tag of the thread `origin`.
+    """
+    return home == here or home != origin
+
+
 LOOP_CODE = {
     asyncio.BaseEventLoop.run_forever.__code__,
     asyncio.Runner.run.__code__,
@@ -405,9 +432,7 @@ def _find(matches, refuse=True):
             strict=block.strict,
             ended=block.ended,
             same_thread=block.thread_ident == here,
-            # A context that was copied by hand still has the tag of the
-            # thread which entered the block.
-            moved=home == here or home != block.thread_ident,
+            moved=is_moved(home, here, block.thread_ident),
             runs_loop=lambda: runs_loop(block.thread_ident),
         )
         if decision is REFUSE and refuse:
@@ -511,6 +536,14 @@ def waited_in_vain(connection, timeout):
         + (" to end" if top else "")
         + ". If that waits for it in turn, neither can go on: start it inside the "
         "block, or await it before the block."
+    )
+
+
+def waits_for_copy(connection):
+    return error(
+        f"{execution_name()} can't use the database '{connection.alias}' while a "
+        "copy() is going on there, which needs the thread it would wait in. Await it "
+        "before or after that."
     )
 
 

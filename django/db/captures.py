@@ -14,6 +14,8 @@ from contextvars import ContextVar
 
 from asgiref.local import _Storage
 
+from django.db import belonging
+
 # The captures that the execution is inside of, innermost last, as the data of
 # an asgiref.local._Storage: asgiref sets its thread_id anew wherever it brings
 # a context to another thread on purpose.
@@ -50,8 +52,7 @@ class Capture:
             # gave a copy of its context.
             and (
                 self.in_async
-                or home == _thread.get_ident()
-                or home != self.thread_ident
+                or belonging.is_moved(home, _thread.get_ident(), self.thread_ident)
             )
         )
 

@@ -11,14 +11,17 @@ there are any in coroutines, a thread looks after their loops.
 """
 
 import asyncio
-import threading
-import time
 from contextlib import suppress
 from functools import partial, wraps
 
-from django.db import belonging, connections, sharing, threads
+from django.db import belonging, connections, deserted, sharing, threads
 from django.db.abandoned import cancel_statement
-from django.db.async_atomic import close_cursors, make_connection
+from django.db.async_atomic import (
+    close_cursors,
+    desert_session,
+    make_connection,
+    native_mode,
+)
 from django.db.async_calls import is_asynchronous
 from django.db.utils import Error, NotSupportedError
 
@@ -61,8 +64,9 @@ class NewConnection:
             belonging.end(block)
 
     async def __aenter__(self):
-        blocks = self._begin(task=asyncio.current_task())
-        _watch.add(blocks, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        for block in self._begin(task=asyncio.current_task()):
+            deserted.watch.add(block, loop, partial(_desert, block))
 
     async def __aexit__(self, exc_type, exc_value, traceback):
         if asyncio._get_running_loop() is None:
@@ -75,12 +79,12 @@ class NewConnection:
                     await _wait_for_nested(block)
                 except asyncio.CancelledError as exc:
                     cancelled = exc
-            _, interrupted = await threads.run_to_the_end(
-                threads.thread_sensitive_executors(), partial(_close, block), None
-            )
-            cancelled = cancelled or interrupted
+            try:
+                await _close_to_the_end(block)
+            except asyncio.CancelledError as exc:
+                cancelled = exc
             belonging.end(block)
-            _watch.discard(block)
+            deserted.watch.discard(block)
         if cancelled is not None:
             raise cancelled
 
@@ -163,52 +167,29 @@ def _close(block):
         connection.close()
 
 
-class _LoopWatch:
-    """A thread that closes connections of blocks whose loop was closed."""
-
-    def __init__(self):
-        self._loops = {}
-        self._is_running = False
-        # Guards both.
-        self._lock = threading.Lock()
-
-    def add(self, blocks, loop):
-        with self._lock:
-            self._loops.update(dict.fromkeys(blocks, loop))
-            if not self._is_running:
-                name = "loops in new_connection()"
-                threading.Thread(target=self._run, name=name, daemon=True).start()
-                self._is_running = True
-
-    def discard(self, block):
-        with self._lock:
-            self._loops.pop(block, None)
-
-    def _run(self):
-        while blocks := self._next():
-            for block in reversed(blocks):
-                loop = self._loops.get(block)
-                if loop is not None and loop.is_closed():
-                    with suppress(Exception):
-                        self._desert(block)
-                    self.discard(block)
-
-    def _next(self):
-        """Return the open blocks after a while, if there are any."""
-        time.sleep(threads.LOOP_INTERVAL)
-        with self._lock:
-            self._is_running = bool(self._loops)
-            return list(self._loops)
-
-    def _desert(self, block):
-        connection = block.connection
-        belonging.set_current(block)
-        try:
-            cancel_statement(connection, connection.turn.count)
-            with sharing.taking_turn(connection, leaving=True):
-                block.ended = True
-        finally:
-            _close(block)
+async def _close_to_the_end(block):
+    """Close it even if the task is cancelled, and raise that at the end."""
+    close = partial(_close, block)
+    if native := native_mode(block.alias):
+        await native.run(close, shielded=True)
+        return
+    _, cancelled = await threads.run_to_the_end(
+        threads.thread_sensitive_executors(), close, None
+    )
+    if cancelled is not None:
+        raise cancelled
 
 
-_watch = _LoopWatch()
+def _desert(block):
+    """Close it after its event loop was closed."""
+    connection = block.connection
+    if native_mode(block.alias):
+        desert_session(block)
+        return
+    belonging.set_current(block)
+    try:
+        cancel_statement(connection, connection.turn.count)
+        with sharing.taking_turn(connection, leaving=True):
+            block.ended = True
+    finally:
+        _close(block)

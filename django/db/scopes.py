@@ -55,6 +55,8 @@ class Lease:
     def __init__(self, connection, worker=None):
         self.connection = connection
         self.worker = worker
+        # How many operations of native mode use it (see django.db.native).
+        self.users = 0
         self._settings = None
         self._idle_since = None
 
@@ -80,31 +82,52 @@ class Lease:
             or time.monotonic() - self._idle_since > CHECK_AFTER
         )
 
-    def close(self):
-        """Close the connection, and end the thread. Return a Future."""
+    def call(self, func, ends=False):
+        """
+        Call a function in the thread, which then waits for the next one or
+        `ends`. Return a Future.
+        """
         future = Future()
 
-        def close():
+        def call():
             self.connection._thread_ident = threading.get_ident()
             try:
-                close_quietly([self.connection])
+                func()
+            except Exception as exc:
+                log_failure(self.connection, exc)
             finally:
                 # The end of a request waits for it.
                 future.set_result(None)
+            return not ends
 
-        self.worker.give(close)
+        self.worker.give(call)
+        return future
+
+    def close(self):
+        """Close the connection, and end the thread. Return a Future."""
+        if self.worker is not None:
+            return self.call(self.connection.close, ends=True)
+        # It has none, as its tasks use it on their event loop.
+        connection, future = self.connection, Future()
+        driver_connection, connection.connection = connection.connection, None
+        if driver_connection is not None:
+            # That doesn't wait for the server.
+            driver_connection.close()
+        future.set_result(None)
         return future
 
 
 class Scope:
     def __init__(self):
         self._leases = {}
-        self._open = True
-        self._lock = threading.Lock()
+        # The connections that tasks of native mode share, in use or not.
+        self.shared = {}
+        self.is_open = True
+        self.lock = threading.RLock()
 
     def take(self, alias, settings):
         """Return what was kept for `alias`, or None."""
-        with self._lock:
+        with self.lock:
             lease = self._leases.pop(alias, None)
         if lease is not None and not lease.fits(settings):
             lease.close()
@@ -118,20 +141,32 @@ class Scope:
         Keep a connection and thread that aren't in use any more, unless there
         are such already. Return whether that's so.
         """
-        with self._lock:
-            if not self._open or lease.connection.alias in self._leases:
+        with self.lock:
+            if not self.is_open or lease.connection.alias in self._leases:
                 return False
             lease.rest()
             self._leases[lease.connection.alias] = lease
             return True
 
+    def take_all(self):
+        """Return all that was kept, for whoever keeps or closes it."""
+        with self.lock:
+            leases, self._leases = self._leases, {}
+            return list(leases.values())
+
     def show(self):
-        """Return the open connections, which the current thread may close."""
-        with self._lock:
+        """
+        Return the connections that the current thread may close: the open
+        ones, and those of native mode, which keep what's set on them.
+        """
+        with self.lock:
             shown = [
                 lease.connection
                 for lease in self._leases.values()
                 if lease.connection.connection is not None
+            ]
+            shown += [
+                lease.connection for lease in self.shared.values() if not lease.users
             ]
             for connection in shown:
                 connection._thread_ident = threading.get_ident()
@@ -139,10 +174,13 @@ class Scope:
 
     def close(self):
         """Close what was kept, in its threads. Return their Futures."""
-        with self._lock:
-            self._open = False
-            leases, self._leases = self._leases, {}
-        return [lease.close() for lease in leases.values()]
+        with self.lock:
+            self.is_open = False
+            # Operations that go on after the end close theirs.
+            shared = [lease for lease in self.shared.values() if not lease.users]
+            leases = [*self._leases.values(), *shared]
+            self._leases, self.shared = {}, {}
+        return [lease.close() for lease in leases]
 
     __del__ = close
 
@@ -152,10 +190,16 @@ def close_quietly(connections):
     for connection in connections:
         try:
             connection.close()
-        except Exception:
-            logger.exception(
-                "Error closing a connection to the database '%s'.", connection.alias
-            )
+        except Exception as exc:
+            log_failure(connection, exc)
+
+
+def log_failure(connection, exc):
+    logger.error(
+        "Error closing a connection to the database '%s'.",
+        connection.alias,
+        exc_info=exc,
+    )
 
 
 def close_those_of_the_thread():

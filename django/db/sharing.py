@@ -37,7 +37,7 @@ from functools import wraps
 
 from asgiref.sync import AsyncToSync
 
-from django.db import belonging
+from django.db import belonging, bridge
 from django.db.turns import ThreadWaiter, Turn
 
 # Seconds after which waiting for a turn is given up as a deadlock.
@@ -85,6 +85,9 @@ def admits(connection):
     """
     if connection.turn is None:
         return belonging.joined(connection) is not None
+    if connection.serves_scope and bridge.current() is None:
+        # It's shared by tasks of native mode, and not with other threads.
+        return False
     with taking_turn(connection):
         return True
 
@@ -150,10 +153,11 @@ def retire(connection, block):
 
 
 @contextmanager
-def taking_turn(connection, leaving=False):
+def taking_turn(connection, leaving=False, block=None):
     """
     Hold the turn on a shared connection, after waiting for it in this thread.
-    To be `leaving` a block, it needn't be on top of the stack.
+    To be `leaving` a block, it needn't be on top of the stack. If it's done
+    for a `block`, the current execution needn't be inside of it.
 
     Raise TransactionManagementError if the execution outlived its block, if
     it's foreign to the transaction that the connection was made for, if the
@@ -161,18 +165,24 @@ def taking_turn(connection, leaving=False):
     run the nested block.
     """
     turn = connection.turn
-    block = belonging.joined(connection)
+    if block is None:
+        block = belonging.joined(connection)
     if turn is None:
         # The blocks have just ended.
         yield
         return
-    if block is None and connection.blocks and connection.lent_by is None:
+    if (
+        block is None
+        and connection.blocks
+        and connection.lent_by is None
+        and not connection.serves_scope
+    ):
         if connection._thread_ident is None:
             raise belonging.foreign(connection)
         # Threads that share a connection by other means stay unprotected.
         block = connection.blocks[-1]
     here = _thread.get_ident()
-    waiter_class = getattr(belonging.working, "waiter_class", ThreadWaiter)
+    holder, waiter_class, call = _waiting()
 
     def occupies(top):
         return (
@@ -187,7 +197,9 @@ def taking_turn(connection, leaving=False):
         replaced = connection.turn is not turn
         return top is block or leaving or ended or replaced or occupies(top)
 
-    if not turn.take(here, ready, TURN_TIMEOUT, waiter_class):
+    if turn.needs_thread and waiter_class is ThreadWaiter and not leaving:
+        raise belonging.waits_for_copy(connection)
+    if not turn.take(holder, ready, TURN_TIMEOUT, waiter_class):
         raise belonging.waited_in_vain(connection, TURN_TIMEOUT)
     if connection.turn is not turn:
         # Threads that share the connection by other means: its blocks have
@@ -196,7 +208,6 @@ def taking_turn(connection, leaving=False):
         with taking_turn(connection, leaving):
             yield
         return
-    call = getattr(belonging.working, "call", None)
     try:
         if block is not None and block.ended:
             raise belonging.outlived(block.alias, block)
@@ -206,16 +217,54 @@ def taking_turn(connection, leaving=False):
                 # It's this turn if cancelling began since it was taken, and
                 # ends when it's given back.
                 if count != turn.count:
-                    ended.wait()
+                    _wait_for_cancellation(ended)
                     turn.cancelled = None
             if not leaving:
                 _check(connection, block, call)
                 if call is not None and block is not None:
                     call.turns[block] = turn.count
-        turn.holders.add(here)
+        turn.holders.add(holder)
         yield
     finally:
         turn.give()
+
+
+def connects_in_turn(connect):
+    """
+    Decorate the method that connects: tasks which share a connection wait for
+    the one that opens it.
+    """
+
+    @wraps(connect)
+    def inner(connection):
+        if not connection.serves_scope or connection.turn is None:
+            return connect(connection)
+        with taking_turn(connection):
+            if connection.connection is None:
+                connect(connection)
+
+    return inner
+
+
+def _waiting():
+    """
+    Return who holds a turn, how it's waited for, and the call that the task
+    may abandon.
+    """
+    if bridge.current() is None:
+        waiter_class = getattr(belonging.working, "waiter_class", ThreadWaiter)
+        call = getattr(belonging.working, "call", None)
+        return _thread.get_ident(), waiter_class, call
+    # Suspended code must not refer to its task.
+    return weakref.ref(belonging.running_task()), bridge.TurnWaiter, None
+
+
+def _wait_for_cancellation(done):
+    if bridge.current() is None:
+        done.wait()
+        return
+    while not done.is_set():
+        bridge.await_(asyncio.sleep(0.01))
 
 
 def _check(connection, block, call):
@@ -241,7 +290,17 @@ def _statement(execute, sql, params, many, context):
     if connection.vendor == "mysql" and "close" not in vars(cursor):
         cursor.close = _closing_in_turn(connection, cursor.cursor.close)
     with taking_turn(connection):
-        result = execute(sql, params, many, context)
+        try:
+            result = execute(sql, params, many, context)
+        except asyncio.CancelledError:
+            if (block := belonging.joined(connection)) is not None:
+                note_cancellation(block)
+            if _is_server_side(cursor.cursor, connection):
+                with suppress(connection.Database.Error), bridge.shielded():
+                    cursor.close()
+            raise
+        if "close" not in vars(cursor) and _is_server_side(cursor.cursor, connection):
+            cursor.close = _closing_server_side(connection, cursor.cursor)
         if connection.turn is None:
             return result
         for name in ("fetchone", "fetchmany", "fetchall"):
@@ -252,12 +311,67 @@ def _statement(execute, sql, params, many, context):
         return result
 
 
+def note_cancellation(block):
+    """Note that a query was cancelled inside of it."""
+    block.cancelled = True
+    mark_block_for_rollback(block, belonging.swallowed(block))
+
+
 def _in_turn(connection, fetch):
     def inner(*args, **kwargs):
         with taking_turn(connection):
-            return fetch(*args, **kwargs)
+            try:
+                return fetch(*args, **kwargs)
+            except asyncio.CancelledError:
+                if (block := belonging.joined(connection)) is not None:
+                    note_cancellation(block)
+                raise
 
     return inner
+
+
+def _is_server_side(cursor, connection):
+    server_side = getattr(connection.Database, "ServerCursor", None)
+    return server_side is not None and isinstance(cursor, server_side)
+
+
+def _closing_server_side(connection, cursor):
+    """
+    Return a function for the `close` of a server-side cursor, which sends a
+    statement. Anybody may call it: an event loop closes generators that were
+    abandoned in tasks of its own.
+    """
+    # When it has ended, the cursor may be gone, and closing it would make the
+    # transaction around it fail.
+    block = _top(connection)
+
+    def close():
+        from django.db import Error
+
+        gone = cursor.closed or (block is not None and block.ended)
+        if not gone and _may_wait(connection):
+            with suppress(Error), taking_turn(connection, leaving=True, block=block):
+                cursor.close()
+                if connection.is_native:
+                    from django.db import native
+
+                    native.join(connection)
+        # It remains on the server until its transaction or session ends.
+        connection.Database.Cursor.close(cursor)
+
+    return close
+
+
+def _may_wait(connection):
+    """
+    Return False for asynchronous code, as when it drops the last reference to
+    a generator: it would block tasks that the connection waits for.
+    """
+    return (
+        not connection.is_native
+        or asyncio._get_running_loop() is None
+        or bridge.current() is not None
+    )
 
 
 def _closing_in_turn(connection, close):
@@ -302,6 +416,27 @@ def _keep_turn(turn, cursor):
             turn.give()
 
     cursor.close = close_and_give
+
+
+def hold_turn(connection, holder):
+    """
+    Go on holding the turn, which has been taken, and return a function that
+    gives it back. `holder` has it meanwhile, or in the bridge, the task.
+    """
+    turn = connection.turn
+    if turn is None:
+        return lambda: None
+    if bridge.current() is None:
+        turn.needs_thread = True
+    else:
+        holder = _waiting()[0]
+    turn.pass_on(holder)
+
+    def give():
+        turn.needs_thread = False
+        turn.give()
+
+    return give
 
 
 def _out_of_turn():
@@ -371,8 +506,19 @@ def opens_block(get_connection):
                 _push(connection, self, block)
             else:
                 with taking_turn(connection):
-                    enter(self, connection)
-                    _push(connection, self, block)
+                    if bridge.current() is not None and not connection.in_atomic_block:
+                        # This may take long, and be cancelled.
+                        connection.ensure_connection()
+                    try:
+                        with bridge.shielded():
+                            enter(self, connection)
+                            _push(connection, self, block)
+                    except asyncio.CancelledError as exc:
+                        entered = belonging.current()
+                        if entered.atomic is self and not entered.strict:
+                            with bridge.shielded():
+                                self.__exit__(type(exc), exc, None)
+                        raise
 
         return __enter__
 
@@ -398,8 +544,13 @@ def _enter_after_the_end(atomic, block):
 def _push(connection, atomic, block):
     # An aatomic() has made its block before it got to a thread.
     if block is None or block.entered or block.atomic is not atomic:
-        block = belonging.Block(connection.alias, connection, atomic, block)
-        belonging.set_current(block)
+        task = None if bridge.current() is None else belonging.running_task()
+        block = belonging.Block(connection.alias, connection, atomic, block, task=task)
+        if task is None:
+            belonging.set_current(block)
+        else:
+            block.title = belonging.execution_name()
+            belonging.begin(block)
     block.thread_ident = _thread.get_ident()
     block.depth = len(connection.savepoint_ids)
     block.entered = True
@@ -417,7 +568,7 @@ def closes_block(get_connection):
                 # Left in another context than it was entered in.
                 block = None
             elif block.abandoned:
-                belonging.restore(block)
+                _restore(block)
                 if exc_type is None:
                     raise belonging.rolled_back(block)
                 return
@@ -445,7 +596,7 @@ def closes_block(get_connection):
                 finally:
                     del connection.run_and_clear_commit_hooks
                     _pop(connection)
-            if hooks_due and block is not None and block.task is not None:
+            if hooks_due and block is not None and block.strict:
                 # By aatomic(), in the task that leaves the block.
                 block.hooks_due = True
             elif hooks_due:
@@ -478,6 +629,14 @@ def abandon_nested(connection, block):
         _abandon_nested(connection, block, Atomic.__exit__.__wrapped__)
 
 
+def _restore(block):
+    if block.task is None or block.strict:
+        belonging.restore(block)
+    else:
+        # Synchronous code in the bridge has opened it.
+        belonging.end(block)
+
+
 def _pop(connection):
     if not connection.blocks:
         # The connection was made anew inside the block.
@@ -485,7 +644,7 @@ def _pop(connection):
     # Blocks left out of order take each other's place, as savepoints do.
     block = connection.blocks.pop()
     block.ended = True
-    belonging.restore(block)
+    _restore(block)
     if connection.turn is None:
         return
     if (top := _top(connection)) is not None and top.failure is not None:

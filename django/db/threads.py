@@ -179,6 +179,10 @@ class TransactionThread(Executor):
     def is_running(self):
         return bool(self._count)
 
+    def is_busy(self):
+        with self._changed:
+            return bool(self._busy or self._work)
+
     def shutdown(self, wait=False, *, cancel_futures=False):
         """End the thread after the functions that are queued."""
         with self._changed:
@@ -396,7 +400,7 @@ def _current_executors():
 def executors_outside():
     """Give those that a transaction around the caller doesn't have."""
     for executor in thread_sensitive_executors():
-        if not isinstance(executor, (_Route, TransactionThread)):
+        if not isinstance(executor, TransactionThread):
             yield executor
 
 
@@ -411,6 +415,14 @@ def is_available():
     else:
         threads = getattr(executor, "_threads", ())
     return not any(belonging.runs_loop(thread.ident) for thread in threads)
+
+
+def may_be_cancelled(block):
+    """Return whether synchronous code ran in a thread of the transaction."""
+    return any(
+        outer.thread is not None and outer.thread.is_running()
+        for outer in belonging.chain(block)
+    )
 
 
 def install(block):

@@ -53,11 +53,17 @@ class Turn:
         # that tells when that has ended.
         self.holders = set()
         self.cancelled = None
+        # Whether the holder needs a thread, which mustn't wait for the turn.
+        self.needs_thread = False
 
     @property
     def depth(self):
         """How often the holder has taken the turn."""
         return self._depth
+
+    def threads(self):
+        """Return the idents of the threads that ever held it."""
+        return {holder for holder in self.holders if isinstance(holder, int)}
 
     def take(self, holder, ready, timeout, waiter_class=ThreadWaiter):
         """
@@ -98,6 +104,11 @@ class Turn:
             if not self._depth:
                 self._holder = None
                 self._serve()
+
+    def pass_on(self, holder):
+        """Let `holder` be the next one, when the present one gives it back."""
+        with self._lock:
+            self._requests.insert(0, _Request(lambda: True, holder, ThreadWaiter()))
 
     def changed(self):
         """Look again whether anybody who waits can go on."""

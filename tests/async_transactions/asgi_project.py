@@ -339,23 +339,18 @@ urlpatterns = [
 # ##### Middleware #####
 
 
-class SyncMiddleware:
+def sync_middleware(get_response):
     """Query every database on both ways."""
 
-    sync_capable = True
-    async_capable = False
-
-    def __init__(self, get_response):
-        self.get_response = get_response
-
-    def __call__(self, request):
+    def middleware(request):
         for alias in connections:
             Entry.objects.using(alias).count()
-        response = self.get_response(request)
+        response = get_response(request)
         for alias in connections:
             Entry.objects.using(alias).count()
-        response["Middleware"] = "sync"
         return response
+
+    return middleware
 
 
 def async_middleware(get_response):
@@ -397,9 +392,9 @@ class Application:
 
     middleware = {
         "plain": [],
-        "sync": ["SyncMiddleware"],
+        "sync": ["sync_middleware"],
         "async": ["async_middleware"],
-        "both": ["async_middleware", "SyncMiddleware", "async_middleware"],
+        "both": ["async_middleware", "sync_middleware", "async_middleware"],
         "handles": ["HandlesExceptions"],
     }
 

@@ -4,9 +4,10 @@ import time
 
 from asgiref.sync import AsyncToSync
 
-from django.db import connection, sharing, transaction
+from django.db import connection, connections, sharing, transaction
 from django.test import TransactionTestCase
 
+from . import server
 from .models import Entry
 
 
@@ -18,28 +19,9 @@ def is_in_memory():
     return connection.vendor == "sqlite" and connection.is_in_memory_db()
 
 
-OTHER_SESSIONS = {
-    "postgresql": (
-        "SELECT state FROM pg_stat_activity "
-        "WHERE datname = current_database() AND pid <> pg_backend_pid() "
-        "AND backend_type = 'client backend'"
-    ),
-    "mysql": (
-        "SELECT COALESCE(trx_state, 'idle') FROM information_schema.PROCESSLIST "
-        "LEFT JOIN information_schema.INNODB_TRX ON id = trx_mysql_thread_id "
-        "WHERE db = DATABASE() AND id <> CONNECTION_ID()"
-    ),
-}
+def is_native():
+    return bool(connection.settings_dict.get("ASYNC_NATIVE"))
 
-SESSION_ID = {
-    "postgresql": "SELECT pg_backend_pid()",
-    "mysql": "SELECT CONNECTION_ID()",
-}
-
-KILL_SESSION = {
-    "postgresql": "SELECT pg_terminate_backend(%s)",
-    "mysql": "KILL %s",
-}
 
 SLOW = {
     "postgresql": "SELECT pg_sleep(20)",
@@ -50,25 +32,6 @@ SLOW = {
         "SELECT max(n) FROM numbers"
     ),
 }
-
-
-def other_sessions():
-    """Return the states of the server's other sessions."""
-    with connection.cursor() as cursor:
-        cursor.execute(OTHER_SESSIONS[connection.vendor])
-        return [state for (state,) in cursor.fetchall()]
-
-
-def session_id():
-    """Return what the server calls the session of the current block."""
-    with transaction.get_connection().cursor() as cursor:
-        cursor.execute(SESSION_ID[connection.vendor])
-        return cursor.fetchone()[0]
-
-
-def kill_session(number):
-    with connection.cursor() as cursor:
-        cursor.execute(KILL_SESSION[connection.vendor], [number])
 
 
 def slow_query():
@@ -142,16 +105,13 @@ class AsyncTransactionTestCase(TransactionTestCase):
         self.assertIsNone(connection.lent_by)
         self.assertEqual(connection.execute_wrappers, [])
         self.assertIsNone(getattr(AsyncToSync.executors, "current", None))
-        if connection.vendor in OTHER_SESSIONS:
+        if server.is_supported():
+            # asgiref's shared thread keeps its connection for the process.
             self.assertIs(
-                wait_until(lambda: not self.transactional_sessions()),
+                wait_until(lambda: not server.run(connection, server.BUSY_SESSIONS)),
                 True,
                 "A session is left on the server.",
             )
-
-    def transactional_sessions(self):
-        # asgiref's shared thread keeps its connection for the process.
-        return [state for state in other_sessions() if state != "idle"]
 
     def assertNames(self, *expected):
         self.assertEqual(
@@ -162,6 +122,19 @@ class AsyncTransactionTestCase(TransactionTestCase):
         self.assertEqual(await names(), sorted(expected))
 
 
+class FreshConnectionsTestCase(AsyncTransactionTestCase):
+    """Share no connection with the tests before and after."""
+
+    def setUp(self):
+        super().setUp()
+        if is_in_memory():
+            self.skipTest("An in-memory database has but one connection.")
+        connections.close_all()
+
+    def tearDown(self):
+        connections.close_all()
+
+
 async def until(event):
-    """Wait for an event of a test that would hang if it were lost."""
+    """Wait for an event, or at a barrier, but not if it never comes."""
     await asyncio.wait_for(event.wait(), 10)

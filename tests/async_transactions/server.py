@@ -1,21 +1,21 @@
 """
 What the database server knows of its sessions, and what it does to them.
 
-Everything here works on a session of its own, which isn't from a pool, and in
-threads that don't run an event loop. A vendor that has an entry in each of
-the dictionaries is supported.
+Everything here works in threads that don't run an event loop. A vendor that
+has an entry in each of the dictionaries is supported.
 """
 
 import threading
 from contextlib import contextmanager
+from functools import partial
 
 from django.db import connection, transaction
 from django.db.backends.base.base import NO_DB_ALIAS
 
-# The identifier of the session that evaluates it.
+# The identifier of the session that asks.
 SESSION_ID = {
-    "postgresql": "pg_backend_pid()",
-    "mysql": "CONNECTION_ID()",
+    "postgresql": "SELECT pg_backend_pid()",
+    "mysql": "SELECT CONNECTION_ID()",
 }
 
 # The identifiers of the other sessions in this database.
@@ -33,7 +33,8 @@ SESSIONS = {
 
 # Those of them in which a statement or a transaction is under way.
 BUSY_SESSIONS = {
-    "postgresql": f"{SESSIONS['postgresql']} AND state <> 'idle'",
+    # The state of one that is only starting is NULL.
+    "postgresql": f"{SESSIONS['postgresql']} AND state IS DISTINCT FROM 'idle'",
     # An idle one is "Killed" after KILL QUERY, until its next statement.
     "mysql": (
         f"{SESSIONS['mysql']} AND (command NOT IN ('Sleep', 'Killed') OR id IN "
@@ -76,11 +77,17 @@ def is_supported():
     return connection.vendor in SESSIONS
 
 
+def run(connection, queries, *params):
+    """Run the one of these queries that the vendor understands."""
+    with connection.cursor() as cursor:
+        cursor.execute(queries[connection.vendor], params)
+        return [row for row, *_ in cursor.fetchall()] if cursor.description else []
+
+
 def session_id():
     """Return the identifier of the session that this code uses."""
-    with transaction.get_connection().cursor() as cursor:
-        cursor.execute(f"SELECT {SESSION_ID[connection.vendor]}")
-        return cursor.fetchone()[0]
+    [number] = run(transaction.get_connection(), SESSION_ID)
+    return number
 
 
 def is_running(session):
@@ -90,22 +97,20 @@ def is_running(session):
 
 @contextmanager
 def observer():
-    """Give a function that runs one of these queries, in any thread."""
+    """
+    Give a function that runs one of these queries, in any thread, on a session
+    of its own, which isn't from a pool.
+    """
     other = connection.copy(NO_DB_ALIAS)
     other.inc_thread_sharing()
-
-    def query(queries, *params):
-        with other.cursor() as cursor:
-            cursor.execute(queries[connection.vendor], params)
-            return [row for row, *_ in cursor.fetchall()] if cursor.description else []
-
     try:
-        yield query
+        yield partial(run, other)
     finally:
         other.close()
 
 
 def ask(queries, *params):
+    """Run one of these queries on such a session."""
     with observer() as query:
         return query(queries, *params)
 

@@ -10,7 +10,7 @@ from asgiref.sync import sync_to_async
 from django.db import IntegrityError, connection, transaction
 from django.db.transaction import TransactionManagementError
 
-from .base import AsyncTransactionTestCase, Rollback, is_in_memory, names
+from .base import AsyncTransactionTestCase, Rollback, is_in_memory, names, until
 from .models import Entry
 
 COUNTERPARTS = [
@@ -116,7 +116,7 @@ class ManualTransactionTests(AsyncTransactionTestCase):
         done = asyncio.Event()
 
         async def foreign():
-            await began.wait()
+            await until(began)
             found = await names()
             await Entry.objects.acreate(name="foreign")
             done.set()
@@ -127,7 +127,7 @@ class ManualTransactionTests(AsyncTransactionTestCase):
         await transaction.aset_autocommit(False)
         await Entry.objects.acreate(name="manual")
         began.set()
-        await done.wait()
+        await until(done)
         await transaction.arollback()
         await transaction.aset_autocommit(True)
         self.assertEqual(await task, [])

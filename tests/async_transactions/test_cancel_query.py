@@ -14,12 +14,11 @@ from django.db import (
     transaction,
 )
 
+from . import server
 from .base import (
     AsyncTransactionTestCase,
     Rollback,
     create,
-    other_sessions,
-    session_id,
     slow_query,
     wait_until,
 )
@@ -111,12 +110,12 @@ class KillQueryTests(AsyncTransactionTestCase):
         with self.assertRaises(OperationalError) as cm:
             with transaction.atomic():
                 create("rolled back")
-                number = session_id()
+                number = server.session_id()
                 self.cancel("SLEEP")
                 execute("SELECT SLEEP(20)")
         self.assertEqual(cm.exception.args[0], INTERRUPTED)
         self.assertNames()
-        self.assertEqual(session_id(), number)
+        self.assertEqual(server.session_id(), number)
 
     def test_query_that_returns_nevertheless(self):
         """The driver isn't told that it was cancelled."""
@@ -140,18 +139,19 @@ class KillQueryTests(AsyncTransactionTestCase):
         self.assertIsNone(connection.connection)
 
     def test_session_has_ended(self):
-        number = session_id()
+        number = server.session_id()
         self.addCleanup(connection.close)
-        other = connection.copy()
-        other.inc_thread_sharing()
-        self.addCleanup(other.close)
-        with other.cursor() as cursor:
-            cursor.execute("KILL %s", [number])
-            cursor.execute("SELECT 1")
+        with server.observer() as query:
+            query(server.END_SESSION, number)
+            left = wait_until(lambda: number not in query(server.SESSIONS))
+        self.assertIs(left, True)
         connection.cancel_query()
 
     def test_nothing_is_left_of_it(self):
+        def sessions():
+            return set(server.run(connection, server.SESSIONS))
+
         create("before")
-        sessions = other_sessions()
+        before = sessions()
         connection.cancel_query()
-        self.assertIs(wait_until(lambda: other_sessions() == sessions), True)
+        self.assertIs(wait_until(lambda: sessions() == before), True)

@@ -23,6 +23,7 @@ from .base import (
     create,
     create_and_close,
     is_in_memory,
+    until,
 )
 from .models import Entry
 
@@ -151,7 +152,7 @@ class CaptureTestsMixin:
         go_on = asyncio.Event()
 
         async def outliving():
-            await go_on.wait()
+            await until(go_on)
             async with transaction.aatomic():
                 await acreate("late")
                 return connection.queries_logged

@@ -245,6 +245,8 @@ class OccupiedThreadTests(AsyncTransactionTestCase):
 
         async def outer():
             await sync_to_async(lambda: asyncio.run(main()))()
+            # The thread keeps them otherwise.
+            await sync_to_async(connections.close_all)()
 
         asyncio.run(outer())
 

@@ -16,24 +16,18 @@ from django.db import connection, connections, new_connection, transaction
 from django.db.life_cycle import request_scope
 from django.db.transaction import TransactionManagementError
 
-from .base import AsyncTransactionTestCase, is_in_memory, names, wait_until
+from .base import (
+    AsyncTransactionTestCase,
+    FreshConnectionsTestCase,
+    names,
+    wait_until,
+)
 from .models import Entry
 
 
-class LeftoverTestCase(AsyncTransactionTestCase):
+class ThreadTests(FreshConnectionsTestCase):
     databases = {"default", "other"}
 
-    def setUp(self):
-        super().setUp()
-        if is_in_memory():
-            self.skipTest("An in-memory database has but one connection.")
-        connections.close_all()
-
-    def tearDown(self):
-        connections.close_all()
-
-
-class ThreadTests(LeftoverTestCase):
     def test_other_connections_of_the_thread_are_closed(self):
         """
         Nobody else could, for example if the server ends their sessions, while
@@ -53,7 +47,7 @@ class ThreadTests(LeftoverTestCase):
         self.assertIs(wait_until(lambda: other.connection is None), True)
 
 
-class CursorTests(LeftoverTestCase):
+class CursorTests(FreshConnectionsTestCase):
     def setUp(self):
         super().setUp()
         Entry.objects.bulk_create([Entry(name="first"), Entry(name="second")])
@@ -101,7 +95,7 @@ class CursorTests(LeftoverTestCase):
         del cursor
 
 
-class ConnectionTests(LeftoverTestCase):
+class ConnectionTests(FreshConnectionsTestCase):
     """Promise 4: what refers to a block's connection gets no further."""
 
     async def assertRefused(self, func):

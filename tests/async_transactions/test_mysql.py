@@ -13,7 +13,8 @@ from asgiref.sync import sync_to_async
 
 from django.db import OperationalError, connection, transaction
 
-from .base import AsyncTransactionTestCase, kill_session, session_id, wait_until
+from . import server
+from .base import AsyncTransactionTestCase, until, wait_until
 from .models import Entry
 from .test_cancel_query import execute, is_running
 
@@ -32,10 +33,10 @@ class CancelledQueryTests(AsyncTransactionTestCase):
             async with transaction.aatomic():
                 await update("other")
                 locked.set()
-                await asyncio.wait_for(done.wait(), 10)
+                await until(done)
 
         task = asyncio.create_task(other())
-        await asyncio.wait_for(locked.wait(), 10)
+        await until(locked)
         try:
             with self.assertRaises(TimeoutError):
                 async with transaction.aatomic():
@@ -96,7 +97,7 @@ class BusyConnectionTests(AsyncTransactionTestCase):
         async def kill(number):
             def kill_running():
                 seen = wait_until(lambda: is_running("SLEEP"))
-                kill_session(number)
+                server.ask(server.END_SESSION, number)
                 return seen
 
             return await sync_to_async(kill_running)()
@@ -110,7 +111,7 @@ class BusyConnectionTests(AsyncTransactionTestCase):
         with self.assertRaises(OperationalError):
             async with transaction.aatomic():
                 await Entry.objects.acreate(name="lost")
-                numbers.put_nowait(await sync_to_async(session_id)())
+                numbers.put_nowait(await sync_to_async(server.session_id)())
                 await sync_to_async(execute)("SELECT SLEEP(20)")
         self.assertIs(await task, True)
         await Entry.objects.acreate(name="usable")

@@ -13,7 +13,7 @@ from django.db.transaction import TransactionManagementError
 from django.test import TestCase
 from django.utils.connection import ConnectionDoesNotExist
 
-from .base import AsyncTransactionTestCase, Rollback, create, is_in_memory, names
+from .base import AsyncTransactionTestCase, Rollback, create, is_in_memory, names, until
 from .models import Entry
 
 
@@ -115,7 +115,7 @@ class NewConnectionTests(AsyncTransactionTestCase):
         over = asyncio.Event()
 
         async def late():
-            await over.wait()
+            await until(over)
             await Entry.objects.acreate(name="late")
 
         async with new_connection():

@@ -12,13 +12,8 @@ from asgiref.sync import sync_to_async
 
 from django.db import IntegrityError, OperationalError, connection, transaction
 
-from .base import (
-    SESSION_ID,
-    AsyncTransactionTestCase,
-    Rollback,
-    kill_session,
-    session_id,
-)
+from . import server
+from .base import AsyncTransactionTestCase, Rollback, until
 from .models import Entry
 
 
@@ -147,18 +142,19 @@ class AsyncAtomicTests(AsyncTransactionTestCase):
         await self.assertAsyncNames("a", "b")
 
     async def test_session_killed_inside(self):
-        if connection.vendor not in SESSION_ID:
-            self.skipTest("Needs a server.")
-        pids = asyncio.Queue()
+        if not server.is_supported():
+            self.skipTest("Needs a database server.")
+        sessions = asyncio.Queue()
 
         async def killer():
-            await sync_to_async(kill_session)(await pids.get())
+            session = await sessions.get()
+            await asyncio.to_thread(server.ask, server.END_SESSION, session)
 
         task = asyncio.create_task(killer())
         with self.assertRaises(OperationalError):
             async with transaction.aatomic():
                 await self.acreate("lost")
-                pids.put_nowait(await sync_to_async(session_id)())
+                sessions.put_nowait(await sync_to_async(server.session_id)())
                 await task
                 await self.acreate("refused")
         async with transaction.aatomic():
@@ -182,11 +178,11 @@ class OnCommitTests(AsyncTransactionTestCase):
         async def nested():
             async with transaction.aatomic():
                 inside.set()
-                await registered.wait()
+                await until(registered)
                 raise Rollback
 
         async def sibling():
-            await inside.wait()
+            await until(inside)
             transaction.on_commit(lambda: self.do("sibling"))
             registered.set()
 

@@ -17,7 +17,7 @@ from django.db.models.signals import post_delete, post_save, pre_save
 from django.dispatch import Signal
 from django.test import override_settings
 
-from .base import AsyncTransactionTestCase, Rollback, create, names
+from .base import AsyncTransactionTestCase, Rollback, create, names, until
 from .models import Entry, Tag
 
 
@@ -426,7 +426,7 @@ class ChannelsTests(BothColoursTestCase):
         closed = asyncio.Event()
 
         async def foreign():
-            await inside.wait()
+            await until(inside)
             task = asyncio.create_task(self.close_old_connections())
             await asyncio.wait([task], timeout=0.2)
             closed.set()
@@ -437,7 +437,7 @@ class ChannelsTests(BothColoursTestCase):
         async with transaction.aatomic():
             await Entry.objects.acreate(name="before")
             inside.set()
-            await asyncio.wait_for(closed.wait(), 10)
+            await until(closed)
             await Entry.objects.acreate(name="after")
         await task
         await self.assertAsyncNames("after", "before")

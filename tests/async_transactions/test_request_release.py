@@ -151,17 +151,13 @@ urlpatterns = [
 ]
 
 
-class SyncMiddleware:
-    sync_capable = True
-    async_capable = False
-
-    def __init__(self, get_response):
-        self.get_response = get_response
-
-    def __call__(self, request):
+def sync_middleware(get_response):
+    def middleware(request):
         for alias in ALIASES:
             Entry.objects.using(alias).count()
-        return self.get_response(request)
+        return get_response(request)
+
+    return middleware
 
 
 @override_settings(ROOT_URLCONF=__name__)
@@ -258,7 +254,7 @@ class ReleaseTests(AsyncTransactionTestCase):
         self.assertStored("committed")
         self.assertEqual(len(self.finished), 1)
 
-    @override_settings(MIDDLEWARE=[f"{__name__}.SyncMiddleware"])
+    @override_settings(MIDDLEWARE=[f"{__name__}.sync_middleware"])
     def test_sync_middleware(self):
         self.run_request("succeeds", self.receive_all)
         self.assertStored("committed")
@@ -295,7 +291,7 @@ class ReleaseTests(AsyncTransactionTestCase):
         self.check_disconnect("waits")
         self.assertEqual(len(self.finished), 1)
 
-    @override_settings(MIDDLEWARE=[f"{__name__}.SyncMiddleware"])
+    @override_settings(MIDDLEWARE=[f"{__name__}.sync_middleware"])
     def test_disconnect_with_sync_middleware(self):
         self.check_disconnect("waits")
 

@@ -16,21 +16,17 @@ from django.db import (
     transaction,
 )
 
-from .base import (
-    AsyncTransactionTestCase,
-    Rollback,
-    is_in_memory,
-    names,
-    wait_until,
-)
+from .base import FreshConnectionsTestCase, Rollback, is_native, names, wait_until
 from .models import Entry
 
 
 async def block(exception=None):
-    """Return the session of a block, and its thread."""
+    """Return the session of a block, and the thread that it has for itself."""
+    thread = None
     async with transaction.aatomic():
         await names()
-        thread = await sync_to_async(threading.current_thread)()
+        if not is_native():
+            thread = await sync_to_async(threading.current_thread)()
         session = transaction.get_connection().connection
         if exception is not None:
             raise exception
@@ -47,16 +43,7 @@ def is_closed(session):
     return False
 
 
-class ScopeTests(AsyncTransactionTestCase):
-    def setUp(self):
-        super().setUp()
-        if is_in_memory():
-            self.skipTest("An in-memory database has but one connection.")
-        connections.close_all()
-
-    def tearDown(self):
-        connections.close_all()
-
+class ScopeTests(FreshConnectionsTestCase):
     async def assertReused(self, *lease):
         self.assertEqual(await block(), lease)
 
@@ -189,6 +176,7 @@ class ScopeTests(AsyncTransactionTestCase):
         del thread
         gc.collect()
         [(session, worker)] = leases
-        worker.join(10)
-        self.assertIs(worker.is_alive(), False)
+        if worker is not None:
+            worker.join(10)
+        self.assertIs(worker is not None and worker.is_alive(), False)
         self.assertIs(is_closed(session), True)

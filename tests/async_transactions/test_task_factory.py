@@ -5,37 +5,24 @@ which block must not depend on how a task was made.
 
 import asyncio
 import contextvars
+from importlib import import_module
 from inspect import iscoroutinefunction
 from unittest import mock
 
 from django.test import SimpleTestCase
 
-from . import (
-    test_apart,
-    test_async_calls,
-    test_ends,
-    test_forum,
-    test_generators,
-    test_inside,
-    test_isolation,
-    test_receivers,
-    test_siblings,
-    test_sync_blocks,
-    test_turns,
-)
-
 MODULES = [
-    test_apart,
-    test_async_calls,
-    test_ends,
-    test_forum,
-    test_generators,
-    test_inside,
-    test_isolation,
-    test_receivers,
-    test_siblings,
-    test_sync_blocks,
-    test_turns,
+    "test_apart",
+    "test_async_calls",
+    "test_ends",
+    "test_forum",
+    "test_generators",
+    "test_inside",
+    "test_isolation",
+    "test_receivers",
+    "test_siblings",
+    "test_sync_blocks",
+    "test_turns",
 ]
 
 
@@ -96,7 +83,8 @@ class EagerMixin(TaskFactoryMixin):
 
 def add_test_cases():
     """Make subclasses of the test cases in MODULES, for each factory."""
-    for module in MODULES:
+    for module_name in MODULES:
+        module = import_module(f"{__package__}.{module_name}")
         for name, test_case in list(vars(module).items()):
             if (
                 isinstance(test_case, type)

@@ -59,6 +59,20 @@ class TurnTests(SimpleTestCase):
         self.turn.give()
         self.assertIs(self.turn.take("b", always, 0), True)
 
+    def test_passing_it_on(self):
+        """Whoever it's passed on to comes before those who wait."""
+        self.turn.take("a", always, 0)
+        thread = Thread(self.turn, always)
+        self.wait_for_requests(1)
+        self.turn.pass_on("b")
+        self.assertIs(self.turn.take("b", always, 0), False)
+        self.turn.give()
+        self.assertEqual(self.turn._holder, "b")
+        self.assertEqual(self.turn.depth, 1)
+        self.turn.give()
+        thread.join()
+        self.assertIs(thread.taken, True)
+
     def test_not_ready(self):
         self.assertIs(self.turn.take("a", never, 0.01), False)
         self.assertEqual(self.turn._requests, [])

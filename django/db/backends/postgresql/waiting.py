@@ -1,0 +1,312 @@
+"""
+A connection of psycopg with two ways of waiting.
+
+All that psycopg's Connection does on the network is a generator, which yields
+what to wait for: its socket to be readable, writable or both. It gives them to
+its method wait(), which sends back what the socket has become.
+
+Code in the bridge (see django.db.bridge) waits on the event loop, in which
+case a cancellation of the task is raised in between. Everybody else blocks the
+thread, as ever. Both may use a connection in turn, also in the middle of a
+transaction.
+
+psycopg holds the connection's lock while it waits. It's a lock for threads: if
+two tasks on the same thread wanted it at once, both would hang, with the event
+loop. So they have to take turns, and are refused if they don't.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+from contextlib import suppress
+from functools import cache, partial
+from time import monotonic
+
+import psycopg
+from psycopg import capabilities
+from psycopg.pq import TransactionStatus
+from psycopg.waiting import Ready, Wait
+
+from django.core.exceptions import ImproperlyConfigured
+from django.db import bridge
+
+logger = logging.getLogger("django.db.backends.postgresql")
+
+# Seconds that cancelling a query may take, and then its end.
+CANCEL_TIMEOUT = 5
+
+# Seconds after which code that never has to wait gives way to other tasks.
+MAX_BUSY_TIME = 0.005
+
+
+class Lock:
+    """A lock for threads that doesn't block an event loop."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+
+    def acquire(self, blocking=True, timeout=-1):
+        if not blocking or bridge.current() is None:
+            return self._lock.acquire(blocking, timeout)
+        if not self._lock.acquire(blocking=False):
+            raise psycopg.InterfaceError(
+                "This connection is in use by another task or thread."
+            )
+        return True
+
+    def release(self):
+        self._lock.release()
+
+    def locked(self):
+        return self._lock.locked()
+
+    def __enter__(self):
+        return self.acquire()
+
+    def __exit__(self, *exc_info):
+        self.release()
+
+
+class WaitingConnection(psycopg.Connection):
+    """A connection that waits on the event loop if it's used in the bridge."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lock = Lock()
+        # When it last gave way to other tasks.
+        self._gave_way = 0
+        # Closed because the query couldn't be ended otherwise.
+        self._stopped = False
+
+    @classmethod
+    def connect(cls, conninfo="", **kwargs):
+        if bridge.current() is None:
+            return super().connect(conninfo, **kwargs)
+        if cls._is_host_unknown(conninfo, kwargs):
+            # libpq would look up the name, and block.
+            connect = partial(super().connect, conninfo, **kwargs)
+            return bridge.await_(_call_in_thread(connect, cls.close))
+        return bridge.await_(_connector(cls).connect(conninfo, **kwargs))
+
+    @staticmethod
+    def _is_host_unknown(conninfo, kwargs):
+        """Return whether the host may be named by a service file."""
+        params = psycopg.conninfo.conninfo_to_dict(
+            conninfo,
+            **{
+                name: value
+                for name, value in kwargs.items()
+                if name in ("host", "hostaddr", "service")
+            },
+        )
+        return bool(params.get("service") or os.environ.get("PGSERVICE")) and not (
+            params.get("host") or params.get("hostaddr")
+        )
+
+    def wait(self, gen, interval=0.1, **kwargs):
+        waiting = bridge.current()
+        if waiting is None:
+            return super().wait(gen, interval, **kwargs)
+        if waiting.closed:
+            self._discard()
+            raise psycopg.OperationalError(
+                "The connection was closed, because the coroutine that used it was "
+                "closed and can't wait for it any more."
+            )
+        if self._stopped:
+            # psycopg's Copy expects nothing else when it's left.
+            raise psycopg.errors.QueryCanceled(
+                "The connection was closed, because its query was cancelled."
+            )
+        try:
+            return self._wait_in_bridge(gen, interval, **kwargs)
+        except ImproperlyConfigured:
+            self._discard()
+            raise
+        except Exception:
+            raise
+        except BaseException:
+            # Cancelled or interrupted.
+            if waiting.closed:
+                self._discard()
+            elif self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                with bridge.shielded():
+                    self._stop(gen)
+            raise
+
+    def _wait_in_bridge(self, gen, interval, **kwargs):
+        state = None
+        # Raise if there is none, before psycopg looks at the state.
+        self.pgconn.socket
+        try:
+            state = next(gen)
+        except StopIteration as exc:
+            result = exc.value
+        if state is not None:
+            result = bridge.await_(self._serve(gen, state, interval, **kwargs))
+        elif monotonic() - self._gave_way < MAX_BUSY_TIME:
+            return result
+        else:
+            bridge.await_(asyncio.sleep(0))
+        self._gave_way = monotonic()
+        return result
+
+    async def _serve(self, gen, state, interval, timeout=None):
+        """Give a generator what it waits for until it returns."""
+        fileno = self.pgconn.socket
+        deadline = None if timeout is None else monotonic() + timeout
+        while True:
+            if deadline is not None:
+                interval = max(0, min(interval, deadline - monotonic()))
+            ready = await _wait_for_socket(fileno, state, interval)
+            try:
+                state = gen.send(ready)
+            except StopIteration as exc:
+                return exc.value
+            if deadline is not None and monotonic() >= deadline:
+                raise psycopg.errors._WaitTimeout("wait timeout expired")
+
+    def _stop(self, gen):
+        """
+        Cancel the query that's running, and leave the connection clean or
+        closed.
+        """
+        reason = "It's still running."
+        try:
+            self.cancel_safe(timeout=CANCEL_TIMEOUT)
+            # It may have to send something before it can receive the result.
+            state = gen.send(Ready.NONE)
+            bridge.await_(
+                asyncio.wait_for(self._serve(gen, state, 0.1), CANCEL_TIMEOUT)
+            )
+        except (StopIteration, psycopg.errors.QueryCanceled):
+            pass
+        except Exception as exc:
+            reason = exc
+        except BaseException:
+            self.pgconn.finish()
+            raise
+        if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            # As in the middle of a COPY.
+            logger.info("A connection is closed after a cancellation: %r", reason)
+            self._stopped = True
+            self.pgconn.finish()
+
+    def _discard(self):
+        """Close the connection when nobody is there to wait for it."""
+        if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            thread = threading.Thread(target=self._cancel_and_finish, daemon=True)
+            thread.start()
+            if asyncio._get_running_loop() is None:
+                thread.join(CANCEL_TIMEOUT)
+        else:
+            self.pgconn.finish()
+
+    def _cancel_and_finish(self):
+        with suppress(Exception):
+            self.cancel_safe(timeout=CANCEL_TIMEOUT)
+        self.pgconn.finish()
+
+    def cancel_safe(self, *, timeout=30.0):
+        if bridge.current() is None:
+            super().cancel_safe(timeout=timeout)
+        elif capabilities.has_cancel_safe():
+            # All that it uses, both kinds of connections have.
+            bridge.await_(psycopg.AsyncConnection.cancel_safe(self, timeout=timeout))
+        else:
+            bridge.await_(_call_in_thread(super().cancel))
+
+    # Once sent, it's done: whether it was is known only afterwards.
+
+    def commit(self):
+        with bridge.shielded():
+            super().commit()
+
+    def rollback(self):
+        with bridge.shielded():
+            super().rollback()
+
+
+@cache
+def _connector(connection_class):
+    """Return a class whose awaitable connect() makes such connections."""
+
+    class Connector(psycopg.AsyncConnection):
+        @classmethod
+        def _connect_gen(cls, *args, **kwargs):
+            return connection_class._connect_gen(*args, **kwargs)
+
+    return Connector
+
+
+async def _wait_for_socket(fileno, state, interval):
+    """Return what a socket is ready for, which is nothing after a while."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+    ready = 0
+
+    def wake(flag):
+        nonlocal ready
+        ready |= flag
+        if not future.done():
+            future.set_result(None)
+
+    timer = None
+    try:
+        try:
+            if state & Wait.R:
+                loop.add_reader(fileno, wake, Ready.R)
+            if state & Wait.W:
+                loop.add_writer(fileno, wake, Ready.W)
+        except NotImplementedError as exc:
+            raise ImproperlyConfigured(
+                f"The event loop {loop!r} can't watch sockets, which is required to "
+                "wait for PostgreSQL. Use another one, as asyncio.SelectorEventLoop, "
+                "or don't set ASYNC_NATIVE."
+            ) from exc
+        except OSError as exc:
+            raise psycopg.OperationalError("connection socket closed") from exc
+        # The socket may have been closed in the meantime, which no event loop
+        # reports.
+        timer = loop.call_later(interval, wake, 0)
+        await future
+    finally:
+        if timer is not None:
+            timer.cancel()
+        if not loop.is_closed():
+            with suppress(NotImplementedError):
+                loop.remove_reader(fileno)
+                loop.remove_writer(fileno)
+    return ready
+
+
+async def _call_in_thread(func, undo=lambda result: None):
+    """
+    Call a function in a thread of its own: the threads of an executor may be
+    waiting for what this leads to. If the task is cancelled, undo it later.
+    """
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def succeed(result):
+        if future.done():
+            undo(result)
+        else:
+            future.set_result(result)
+
+    def fail(exc):
+        if not future.done():
+            future.set_exception(exc)
+
+    def call():
+        try:
+            settle = partial(succeed, func())
+        except Exception as exc:
+            settle = partial(fail, exc)
+        # The loop may have been closed.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle)
+
+    threading.Thread(target=call, daemon=True).start()
+    return await future

@@ -1,0 +1,319 @@
+"""
+Asynchronous code that waits for its databases on the event loop.
+
+This is the way of the databases with ASYNC_NATIVE. run() calls synchronous
+code in the bridge (see django.db.bridge): that's an operation. If the task
+isn't inside a block, the operation leases a connection when it's first asked
+for, until it ends:
+
+* Without a pool, all tasks of a scope (see django.db.scopes) lease the same
+  one, and take turns with statements and blocks. While no operation and no
+  cursor uses it, a transaction may have its session.
+* With a pool, each task has a wrapper of its own, and each operation gets a
+  connection from the pool and returns it.
+
+A connection on which a server-side cursor is open stays leased.
+"""
+
+import asyncio
+import weakref
+from _thread import get_ident
+from contextvars import ContextVar
+from functools import partial
+
+from django.core.exceptions import ImproperlyConfigured
+from django.db import async_atomic, belonging, bridge, connections, scopes, sharing
+
+# What a wrapper of a pooled connection inherits from that of the task which
+# started the task, as far as its users set it.
+INHERITED_ATTRIBUTES = ["execute_wrappers", "force_debug_cursor"]
+
+# The leases of each task's operation, by alias.
+_operations = weakref.WeakKeyDictionary()
+
+# The wrappers of pooled connections that each task has, by alias, and those
+# that tasks it starts inherit from.
+_wrappers = weakref.WeakKeyDictionary()
+_inherited_wrappers = ContextVar("django.db.native", default={})
+
+
+async def run(func, block=None, shielded=False):
+    """
+    Call a synchronous function in the bridge and return its result. If it's
+    `shielded`, it's not interrupted by a cancellation.
+
+    If there's a `block`, it's called for that: to enter or to leave it.
+    """
+    if shielded:
+        func = partial(_call_shielded, func)
+    task = asyncio.current_task()
+    if block is not None:
+        func = partial(belonging.call_for, block, func)
+    belonging.claim()
+    if task in _operations:
+        # It's called by a coroutine that code in the bridge awaits.
+        return await bridge.run(func)
+    _operations[task] = leases = {}
+    try:
+        return await bridge.run(_call_with_leases, func, leases)
+    finally:
+        # The task may be gone already, with its event loop.
+        _operations.pop(task, None)
+
+
+def check(alias):
+    """Raise ImproperlyConfigured if the database can't be waited for."""
+    settings = connections.settings[alias]
+    if settings["OPTIONS"].get("pool") and not settings["AUTOCOMMIT"]:
+        raise ImproperlyConfigured(
+            "With ASYNC_NATIVE and a pool, each operation outside of transactions has "
+            "a connection of its own, so nobody could commit what it did. Set "
+            f"AUTOCOMMIT, or remove one of them from the settings of the database "
+            f"{alias!r}."
+        )
+    try:
+        bridge.check()
+    except ImproperlyConfigured as exc:
+        raise ImproperlyConfigured(
+            f"{exc} Or remove ASYNC_NATIVE from the settings of the database "
+            f"{alias!r}."
+        ) from exc
+
+
+def _call_shielded(func):
+    with bridge.shielded():
+        return func()
+
+
+def _call_with_leases(func, leases):
+    try:
+        return func()
+    finally:
+        if leases:
+            with bridge.shielded():
+                for lease in leases.values():
+                    lease.end()
+
+
+def connection_for(alias):
+    """
+    Return the connection that a task uses for a native alias, or None if it's
+    asked by synchronous code outside of the bridge.
+
+    Raise TransactionManagementError if the task outlived its block.
+    """
+    if asyncio._get_running_loop() is None or alias not in connections.native_aliases:
+        return None
+    if (block := belonging.block_for(alias)) is not None:
+        sharing.share(block.connection)
+        return block.connection
+    task = asyncio.current_task()
+    if task is None:
+        return None
+    if connections.settings[alias]["OPTIONS"].get("pool"):
+        lease_class = _PoolLease
+    else:
+        lease_class = _ScopeLease
+    if bridge.current() is None:
+        # Asynchronous code can't use it, but look at it, and prepare it.
+        return lease_class.wrapper(alias)
+    leases = _operations.get(task)
+    if leases is None:
+        return None
+    if alias not in leases:
+        leases[alias] = lease_class(alias)
+    return leases[alias].connection
+
+
+def leased_connections():
+    """
+    Return the connections that code in the bridge uses and nobody else does:
+    what it has leased, and that of a TestCase around it.
+    """
+    if bridge.current() is None:
+        return []
+    leases = _operations.get(asyncio.current_task(), {}).values()
+    leased = [lease.connection for lease in leases if lease.is_exclusive()]
+    for alias in connections.native_aliases:
+        block = belonging.open_block(alias)
+        if block is not None and block.connection._thread_ident is not None:
+            leased.append(block.connection)
+    return leased
+
+
+def extend_lease(connection):
+    """
+    Return a lease of its own for who goes on using a connection that the
+    operation has leased, or None if it has leased no such.
+    """
+    lease = _operations.get(asyncio.current_task(), {}).get(connection.alias)
+    if lease is None or lease.connection is not connection:
+        return None
+    return type(lease)(connection.alias)
+
+
+def join(connection):
+    """
+    Let the current operation, which has used a connection that may be leased
+    to another task, return it if it's the last one.
+    """
+    leases = None
+    if connection.serves_scope and bridge.current() is not None:
+        leases = _operations.get(asyncio.current_task())
+    if leases is None or any(
+        lease.connection is connection for lease in leases.values()
+    ):
+        return
+    if connection.settings_dict["OPTIONS"].get("pool"):
+        leases[connection] = _PoolLease(connection.alias, connection)
+    else:
+        leases[connection] = _ScopeLease(connection.alias)
+
+
+def _make_wrapper(alias):
+    connection = async_atomic.make_connection(alias)
+    connection.serves_scope = True
+    # How many leases there are of it, if it's a task's own.
+    connection.lease_count = 0
+    return connection
+
+
+def has_open_cursors(connection):
+    """Return whether a server-side cursor is open."""
+    return any(
+        getattr(cursor, "name", None) and not cursor.closed
+        for cursor in list(connection.cursors)
+    )
+
+
+# ##### Without a pool #####
+
+
+def _shared(scope, alias):
+    with scope.lock:
+        lease = scope.shared.get(alias)
+        if lease is None:
+            lease = scope.shared[alias] = scopes.Lease(_make_wrapper(alias))
+        return lease
+
+
+class _ScopeLease:
+    def __init__(self, alias):
+        self._scope = scopes.current()
+        with self._scope.lock:
+            self._lease = lease = _shared(self._scope, alias)
+            if not lease.users:
+                _prepare(lease, connections.settings)
+            lease.users += 1
+        self.connection = lease.connection
+
+    def is_exclusive(self):
+        """Return whether nobody else uses the connection."""
+        return self._lease.users == 1 and not has_open_cursors(self.connection)
+
+    @staticmethod
+    def wrapper(alias):
+        return _shared(scopes.current(), alias).connection
+
+    def end(self):
+        with self._scope.lock:
+            self._lease.users -= 1
+            if self._lease.users:
+                return
+            self._lease.rest()
+            if not self._scope.is_open:
+                self._lease.close()
+
+
+def _prepare(lease, settings):
+    """Make sure that an idle session can be used."""
+    connection = lease.connection
+    # Unlike while it rests (see Scope.show()).
+    connection._thread_ident = None
+    if connection.connection is not None:
+        if lease.fits(settings):
+            lease.prepare()
+        else:
+            lease.close()
+
+
+def call_idle(name):
+    """Call a method of the connections that nobody uses."""
+    for alias in connections.native_aliases:
+        if connections.settings[alias]["OPTIONS"].get("pool"):
+            continue
+        lease = _ScopeLease(alias)
+        try:
+            if lease.is_exclusive():
+                getattr(lease.connection, name)()
+        finally:
+            lease.end()
+
+
+def take_session(scope, connection):
+    """Give a transaction the session of its scope, if nobody uses it."""
+    with scope.lock:
+        lease = _shared(scope, connection.alias)
+        idle = lease.connection
+        if lease.users or idle.connection is None or has_open_cursors(idle):
+            return
+        _prepare(lease, {connection.alias: connection.settings_dict})
+        if idle.connection is not None:
+            async_atomic.move_session(idle, connection)
+
+
+def give_session(scope, connection):
+    """
+    Keep the session of a transaction for its scope, unless that has another
+    one. Return whether that's so.
+    """
+    if connection.connection is None:
+        return True
+    with scope.lock:
+        lease = _shared(scope, connection.alias)
+        if not scope.is_open or lease.users or lease.connection.connection is not None:
+            return False
+        async_atomic.move_session(connection, lease.connection)
+        lease.rest()
+        return True
+
+
+# ##### With a pool #####
+
+
+class _PoolLease:
+    def __init__(self, alias, connection=None):
+        self.connection = connection or self.wrapper(alias)
+        self.connection.lease_count += 1
+
+    def is_exclusive(self):
+        """Return whether nobody else uses the connection."""
+        return self.connection.lease_count == 1
+
+    @staticmethod
+    def wrapper(alias):
+        task = asyncio.current_task()
+        wrappers = _wrappers.setdefault(task, {})
+        if alias not in wrappers:
+            inherited = _inherited_wrappers.get()
+            wrappers[alias] = connection = _make_wrapper(alias)
+            if (parent := inherited.get(alias)) is not None:
+                for name in INHERITED_ATTRIBUTES:
+                    setattr(connection, name, getattr(parent, name))
+                connection.execute_wrappers = parent.execute_wrappers.copy()
+            _inherited_wrappers.set({**inherited, alias: connection})
+        return wrappers[alias]
+
+    def end(self):
+        connection = self.connection
+        connection.lease_count -= 1
+        if (
+            not connection.lease_count
+            and connection.connection is not None
+            and not connection.in_atomic_block
+            and not has_open_cursors(connection)
+        ):
+            if asyncio._get_running_loop() is None:
+                # A coroutine is destroyed whose loop was closed.
+                connection._thread_ident = get_ident()
+            connection.close()
