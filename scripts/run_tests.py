@@ -55,6 +55,7 @@ AFFECTED = [
     "generic_relations",
     "sessions_tests",
     "servers",
+    "cache.tests.DBCacheTests",
     "middleware",
     "test_client",
     "contenttypes_tests",
