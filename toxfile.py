@@ -4,8 +4,10 @@ import atexit
 import logging
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+from ctypes.util import find_library
 
 from tox.plugin import impl
 from tox.tox_env.errors import Fail, Skip
@@ -53,15 +55,40 @@ def why_not_mariadb(python):
     return None
 
 
-def check_mariadb(tox_env):
+def why_not_psycopg(implementation, python):
+    """Return what an implementation of psycopg lacks, or None."""
+    if implementation == "python" and find_library("pq") is None:
+        return 'There is no libpq. On Debian, run "apt-get install libpq5".'
+    if implementation != "c":
+        return None
+    programs = [name for name in ("cc", "pg_config") if shutil.which(name) is None]
+    if programs:
+        return (
+            f"{' and '.join(programs)} not found, to build psycopg-c. On Debian, run "
+            '"apt-get install gcc libpq-dev".'
+        )
+    if not runs(python, HAS_HEADERS):
+        return f"{python} lacks its headers, to build psycopg-c."
+    return None
+
+
+def why_not(name):
+    """Return what an environment lacks to be run, or None."""
+    factors = name.split("-")
+    python = f"python3.{factors[0].removeprefix('py3')}"
+    if factors[1:] == ["mariadb"]:
+        return why_not_mariadb(python)
+    if factors[1:2] == ["native"]:
+        return why_not_psycopg(factors[-1], python)
+    return None
+
+
+def check(tox_env):
     """
-    Leave an environment out if it can't have MariaDB, and say so once more
-    after tox's summary. Where CI is set, it fails.
+    Leave an environment out if it can't have what it tests, and say so once
+    more after tox's summary. Where CI is set, it fails.
     """
-    python, _, database = tox_env.conf.name.partition("-")
-    if database != "mariadb":
-        return
-    reason = why_not_mariadb(f"python3.{python.removeprefix('py3')}")
+    reason = why_not(tox_env.conf.name)
     if reason is None:
         return
     message = f"{tox_env.conf.name}: NOT RUN: {reason}"
@@ -71,11 +98,11 @@ def check_mariadb(tox_env):
 
 @impl
 def tox_on_install(tox_env, arguments, section, of_type):
-    """Check before mysqlclient is built."""
-    check_mariadb(tox_env)
+    """Check before mysqlclient or psycopg-c is built."""
+    check(tox_env)
 
 
 @impl
 def tox_before_run_commands(tox_env):
-    """Check also if mysqlclient was built in an earlier run."""
-    check_mariadb(tox_env)
+    """Check also if it was built in an earlier run."""
+    check(tox_env)
