@@ -9,7 +9,7 @@ coroutine's own while it runs.
 
 from asgiref.sync import AsyncToSync, SyncToAsync
 
-from django.db import belonging
+from django.db import belonging, bridge
 
 
 def _get():
@@ -18,6 +18,7 @@ def _get():
         belonging.inherited.get(None),
         SyncToAsync.thread_sensitive_context.get(None),
         getattr(AsyncToSync.executors, "current", None),
+        *[variable.get() for variable in bridge.confined_variables],
     )
 
 
@@ -25,10 +26,12 @@ def _swap(values):
     """Replace what _get() returns. Return what it returned before."""
     current = _get()
     if values != current:
-        inherited, context, executor = values
+        inherited, context, executor, *confined = values
         belonging.inherited.set(inherited)
         SyncToAsync.thread_sensitive_context.set(context)
         AsyncToSync.executors.current = executor
+        for variable, value in zip(bridge.confined_variables, confined):
+            variable.set(value)
     return current
 
 

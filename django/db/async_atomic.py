@@ -11,6 +11,10 @@ wherever the thread-sensitive synchronous code around it runs.
 Entering and leaving run to their end once they have been given to a thread,
 even if the task is cancelled meanwhile: otherwise the thread would go on with
 nobody there to end what it began. If entering was cancelled, it's undone.
+
+In native mode (see django.db.native) all of that is done in the bridge, on the
+event loop. The transaction takes its session from the scope and leaves it
+there. Its thread is started only if it's asked to run synchronous code.
 """
 
 import asyncio
@@ -312,6 +316,7 @@ class _Transaction(_Entry):
         if self.native:
             self.native.check(alias)
             connection = make_connection(alias)
+            self.native.inherit(connection)
             if not _is_single(connection):
                 self.native.take_session(self.scope, connection)
             return scopes.Lease(connection)

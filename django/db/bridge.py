@@ -43,6 +43,10 @@ greenlet = None
 
 _importing = Lock()
 
+# Context variables of which async_to_sync() doesn't bring back the values to
+# its caller, once run() was called.
+confined_variables = []
+
 
 class BridgeClosed(RuntimeError):
     """The code can't wait any more, as the coroutine around it was closed."""
@@ -319,7 +323,12 @@ def _adapt_async_to_sync():
     def __call__(self, *args, **kwargs):
         __traceback_hide__ = True  # noqa: F841
         if self.force_new_loop or current() is None:
-            return call(self, *args, **kwargs)
+            values = [(variable, variable.get()) for variable in confined_variables]
+            try:
+                return call(self, *args, **kwargs)
+            finally:
+                for variable, value in values:
+                    variable.set(value)
         awaitable = self.awaitable(*args, **kwargs)
         if (exc := sys.exception()) is not None:
             awaitable = _handling(exc, awaitable)

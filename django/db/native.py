@@ -16,25 +16,34 @@ A connection on which a server-side cursor is open stays leased.
 """
 
 import asyncio
+import socket
+import sys
 import weakref
 from _thread import get_ident
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import async_atomic, belonging, bridge, connections, scopes, sharing
 
-# What a wrapper of a pooled connection inherits from that of the task which
-# started the task, as far as its users set it.
-INHERITED_ATTRIBUTES = ["execute_wrappers", "force_debug_cursor"]
+# What all wrappers have, and tasks inherit along with attributes that are only
+# set by users. They log to one log.
+INHERITED_ATTRIBUTES = ["force_debug_cursor", "queries_log"]
+
+# What the wrappers here have besides.
+PRIVATE_ATTRIBUTES = ["cursors", "has_inherited", "lease_count"]
+
+# The aliases that have been checked on each event loop.
+_checked = weakref.WeakKeyDictionary()
 
 # The leases of each task's operation, by alias.
 _operations = weakref.WeakKeyDictionary()
 
-# The wrappers of pooled connections that each task has, by alias, and those
-# that tasks it starts inherit from.
+# The TaskWrappers of each task, by alias, and those that tasks which it starts
+# inherit from.
 _wrappers = weakref.WeakKeyDictionary()
-_inherited_wrappers = ContextVar("django.db.native", default={})
+_inherited = ContextVar("django.db.native", default=None)
+bridge.confined_variables.append(_inherited)
 
 
 async def run(func, block=None, shielded=False):
@@ -62,7 +71,15 @@ async def run(func, block=None, shielded=False):
 
 
 def check(alias):
-    """Raise ImproperlyConfigured if the database can't be waited for."""
+    """
+    Raise ImproperlyConfigured if the database can't be waited for on the
+    running event loop.
+    """
+    loop = asyncio.get_running_loop()
+    checked = _checked.setdefault(loop, set())
+    if alias in checked:
+        return
+    check_wrapper(connections.create_connection(alias))
     settings = connections.settings[alias]
     if settings["OPTIONS"].get("pool") and not settings["AUTOCOMMIT"]:
         raise ImproperlyConfigured(
@@ -78,6 +95,43 @@ def check(alias):
             f"{exc} Or remove ASYNC_NATIVE from the settings of the database "
             f"{alias!r}."
         ) from exc
+    gevent = sys.modules.get("gevent.monkey")
+    if gevent is not None and gevent.is_module_patched("socket"):
+        raise _refused(
+            alias,
+            "sockets that gevent hasn't patched. Run without gevent.monkey",
+        )
+    if not _can_watch_sockets(loop):
+        raise _refused(
+            alias,
+            f"an event loop that can watch sockets, unlike {loop!r}. Use another "
+            "one, such as asyncio.SelectorEventLoop",
+        )
+    checked.add(alias)
+
+
+def check_wrapper(connection):
+    """Raise ImproperlyConfigured if the connection can't wait on any loop."""
+    if connection.lacks_for_native:
+        raise _refused(connection.alias, connection.lacks_for_native)
+
+
+def _refused(alias, lacking):
+    return ImproperlyConfigured(
+        f"ASYNC_NATIVE requires {lacking}, or remove it from the settings of the "
+        f"database {alias!r}."
+    )
+
+
+def _can_watch_sockets(loop):
+    first, second = socket.socketpair()
+    with first, second:
+        try:
+            loop.add_reader(first, lambda: None)
+        except NotImplementedError:
+            return False
+        loop.remove_reader(first)
+        return True
 
 
 def _call_shielded(func):
@@ -192,8 +246,14 @@ def has_open_cursors(connection):
 def _shared(scope, alias):
     with scope.lock:
         lease = scope.shared.get(alias)
-        if lease is None:
-            lease = scope.shared[alias] = scopes.Lease(_make_wrapper(alias))
+        if lease is not None and (lease.users or lease.fits(connections.settings)):
+            return lease
+        if lease is not None:
+            lease.close()
+        wrapper = TaskWrapper(alias)
+        lease = scope.shared[alias] = scopes.Lease(wrapper.connection)
+        lease.wrapper = wrapper
+        lease.rest()
         return lease
 
 
@@ -203,7 +263,7 @@ class _ScopeLease:
         with self._scope.lock:
             self._lease = lease = _shared(self._scope, alias)
             if not lease.users:
-                _prepare(lease, connections.settings)
+                _prepare(lease)
             lease.users += 1
         self.connection = lease.connection
 
@@ -225,16 +285,16 @@ class _ScopeLease:
                 self._lease.close()
 
 
-def _prepare(lease, settings):
+def _prepare(lease):
     """Make sure that an idle session can be used."""
     connection = lease.connection
     # Unlike while it rests (see Scope.show()).
     connection._thread_ident = None
-    if connection.connection is not None:
-        if lease.fits(settings):
-            lease.prepare()
-        else:
-            lease.close()
+    if connection.connection is None:
+        return
+    lease.prepare()
+    if not connection.connection.is_quiet():
+        connection.health_check_enabled = True
 
 
 def call_idle(name):
@@ -257,7 +317,9 @@ def take_session(scope, connection):
         idle = lease.connection
         if lease.users or idle.connection is None or has_open_cursors(idle):
             return
-        _prepare(lease, {connection.alias: connection.settings_dict})
+        if not _is_plain(idle):
+            return
+        _prepare(lease)
         if idle.connection is not None:
             async_atomic.move_session(idle, connection)
 
@@ -273,12 +335,88 @@ def give_session(scope, connection):
         lease = _shared(scope, connection.alias)
         if not scope.is_open or lease.users or lease.connection.connection is not None:
             return False
+        if not _is_plain(connection):
+            return False
         async_atomic.move_session(connection, lease.connection)
         lease.rest()
         return True
 
 
 # ##### With a pool #####
+
+
+class TaskWrapper:
+    """The wrapper that one task has for pooled connections, or a scope."""
+
+    def __init__(self, alias):
+        self.connection = _make_wrapper(alias)
+        # To tell what was set since.
+        self._original = vars(self.connection).copy()
+        self._loop = weakref.ref(asyncio.get_running_loop())
+
+    def hand_down(self, heir):
+        """
+        Set on another wrapper what was set on this one: by its users, or by
+        its class if that isn't Django's, but nothing of Django's own state.
+        """
+        own = _own_attributes(type(heir))
+        for name, value in vars(self.connection).copy().items():
+            was_set = name not in self._original or self._original[name] is not value
+            if was_set and name not in own:
+                setattr(heir, name, value)
+                heir.has_inherited = True
+        for name in INHERITED_ATTRIBUTES:
+            setattr(heir, name, getattr(self.connection, name))
+        heir.execute_wrappers = self.connection.execute_wrappers.copy()
+
+    def is_of_earlier_loop(self):
+        """
+        Return whether async_to_sync() brought it to its caller, which called
+        it again.
+        """
+        loop = self._loop()
+        return loop is None or loop.is_closed()
+
+
+def _wrapper_for(alias):
+    """
+    Return the TaskWrapper of the current task, that of the one which started
+    it, or without a pool that of the scope, or None.
+    """
+    if not connections.settings[alias]["OPTIONS"].get("pool"):
+        return _shared(scopes.current(), alias).wrapper
+    own = _wrappers.get(asyncio.current_task(), {})
+    wrapper = own.get(alias) or (_inherited.get() or {}).get(alias)
+    if wrapper is None or wrapper.is_of_earlier_loop():
+        return None
+    return wrapper
+
+
+def inherit(connection):
+    """Let a block's connection have what the current task has set."""
+    if (wrapper := _wrapper_for(connection.alias)) is not None:
+        wrapper.hand_down(connection)
+
+
+@cache
+def _own_attributes(wrapper_class):
+    """Return the names of all that a wrapper of Django's has."""
+    for django_class in wrapper_class.__mro__:
+        if django_class.__module__.startswith("django."):
+            return {
+                *vars(django_class({})),
+                *dir(django_class),
+                *async_atomic.SESSION_ATTRIBUTES,
+                *PRIVATE_ATTRIBUTES,
+            }
+
+
+def _is_plain(connection):
+    """
+    Return whether a wrapper has nothing that isn't Django's, such as what it
+    has set on its session, which another wrapper wouldn't know of.
+    """
+    return vars(connection).keys() <= _own_attributes(type(connection))
 
 
 class _PoolLease:
@@ -292,17 +430,13 @@ class _PoolLease:
 
     @staticmethod
     def wrapper(alias):
-        task = asyncio.current_task()
-        wrappers = _wrappers.setdefault(task, {})
+        wrappers = _wrappers.setdefault(asyncio.current_task(), {})
         if alias not in wrappers:
-            inherited = _inherited_wrappers.get()
-            wrappers[alias] = connection = _make_wrapper(alias)
-            if (parent := inherited.get(alias)) is not None:
-                for name in INHERITED_ATTRIBUTES:
-                    setattr(connection, name, getattr(parent, name))
-                connection.execute_wrappers = parent.execute_wrappers.copy()
-            _inherited_wrappers.set({**inherited, alias: connection})
-        return wrappers[alias]
+            wrapper = TaskWrapper(alias)
+            inherit(wrapper.connection)
+            wrappers[alias] = wrapper
+            _inherited.set({**(_inherited.get() or {}), alias: wrapper})
+        return wrappers[alias].connection
 
     def end(self):
         connection = self.connection

@@ -20,8 +20,8 @@ is nested in its block, entered in this thread     waits, and meanwhile runs
 ================================================== ===========================
 
 A wait ends after TURN_TIMEOUT seconds, in TransactionManagementError. None
-happens on an event loop's thread: there, its_turn() is awaited before a
-thread is asked to run synchronous code.
+blocks an event loop: its_turn() is awaited before a thread is asked to run
+synchronous code, and code in the bridge (see django.db.bridge) is suspended.
 
 A connection made for a block is bound to no thread, and retired at the end. A
 database with a single connection, an in-memory SQLite database, lends it to a
@@ -237,13 +237,32 @@ def connects_in_turn(connect):
 
     @wraps(connect)
     def inner(connection):
-        if not connection.serves_scope or connection.turn is None:
+        if connection._thread_ident is not None:
             return connect(connection)
+        if vars(connection).pop("has_inherited", False):
+            # So that its class forgets what it has set on a session.
+            connection.close()
+        if not connection.serves_scope or connection.turn is None:
+            return _connect_or_close(connect, connection)
         with taking_turn(connection):
             if connection.connection is None:
-                connect(connection)
+                _connect_or_close(connect, connection)
+                if bridge.current() is not None:
+                    # It imports this module.
+                    from django.db import native
+
+                    native.join(connection)
 
     return inner
+
+
+def _connect_or_close(connect, connection):
+    try:
+        connect(connection)
+    except BaseException:
+        # It would be used without what has to be set on it before.
+        connection.close()
+        raise
 
 
 def _waiting():

@@ -4,10 +4,9 @@ Promises 11, 14 and 17: native mode uses no thread, and every refusal is clear.
 
 import threading
 import unittest
-from unittest import mock
 
-from django.core.exceptions import ImproperlyConfigured, SynchronousOnlyOperation
-from django.db import bridge, connection, connections, native, run_sync
+from django.core.exceptions import SynchronousOnlyOperation
+from django.db import bridge, connection, connections, run_sync
 from django.test import TransactionTestCase
 
 from .test_bridge import BridgeTestCase, greenlet
@@ -15,25 +14,6 @@ from .test_bridge import BridgeTestCase, greenlet
 
 class RefusalTests(BridgeTestCase):
     databases = ["default"]
-
-    def test_greenlet_is_missing(self):
-        with (
-            mock.patch.object(bridge, "greenlet", None),
-            mock.patch.dict("sys.modules", {"greenlet": None}),
-            self.assertRaisesMessage(ImproperlyConfigured, "the database 'default'"),
-        ):
-            native.check("default")
-
-    def test_other_backend(self):
-        other = connection.copy("other backend")
-        other.settings_dict["ASYNC_NATIVE"] = True
-        with (
-            mock.patch.object(type(other), "is_native", False),
-            self.assertRaisesMessage(
-                ImproperlyConfigured, "ASYNC_NATIVE requires PostgreSQL."
-            ),
-        ):
-            other.connect()
 
     @unittest.skipUnless(greenlet, "greenlet is required.")
     def test_alias_that_is_not_native(self):

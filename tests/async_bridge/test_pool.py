@@ -214,13 +214,6 @@ class ServiceTests(PoolTestCase):
             self.run_in_bridge(use)
         self.assertComplete(pool, 1)
 
-    def test_old_driver(self):
-        """Promise 17: Every refusal is clear."""
-        native = connection.copy("native")
-        native.settings_dict["ASYNC_NATIVE"] = True
-        native.settings_dict["OPTIONS"]["pool"] = True
-        self.check_old_driver(native)
-
     def test_backend(self):
         def use(alias):
             native = connection.copy(alias)

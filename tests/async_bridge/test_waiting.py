@@ -19,7 +19,6 @@ from unittest import mock
 
 from asgiref.sync import async_to_sync
 
-from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, bridge, connection
 from django.test import TransactionTestCase
 
@@ -135,22 +134,6 @@ class WaitingTestCase(TransactionTestCase):
         while (state := state_of(pid)) not in states:
             self.assertLess(time.monotonic(), deadline, state)
             time.sleep(0.01)
-
-    def check_old_driver(self, native):
-        msg = (
-            "Install it, or remove ASYNC_NATIVE from the settings of the database "
-            f"{native.alias!r}."
-        )
-        for version in ((2, 9, 9), (3, 1, 20)):
-            with (
-                self.subTest(version=version),
-                mock.patch(
-                    "django.db.backends.postgresql.base.psycopg_version",
-                    return_value=version,
-                ),
-                self.assertRaisesMessage(ImproperlyConfigured, msg),
-            ):
-                native.connect()
 
 
 class OperationsTests(WaitingTestCase):
@@ -559,25 +542,6 @@ class LoopTests(WaitingTestCase):
             ):
                 self.assertEqual(self.run_on_loop(bridge.run(use)), (1,))
         self.assertNotIn(threading.get_ident(), idents)
-
-    def test_loop_that_cannot_watch_sockets(self):
-        """Promise 17: Every refusal is clear."""
-
-        class Loop(asyncio.SelectorEventLoop):
-            def add_reader(self, *args):
-                raise NotImplementedError
-
-        conn = self.connect()
-        pid = conn.info.backend_pid
-
-        def use():
-            conn.execute("SELECT 1")
-
-        msg = "can't watch sockets, which is required to wait for PostgreSQL."
-        with self.assertRaisesMessage(ImproperlyConfigured, msg):
-            self.run_on_loop(bridge.run(use), loop_factory=Loop)
-        # Nobody can receive the result.
-        self.assertSessionBecomes(pid, None)
 
 
 class ConnectTests(WaitingTestCase):
@@ -1031,16 +995,10 @@ class ClosedTests(WaitingTestCase):
 class BackendTests(WaitingTestCase):
     """Django's backend, with ASYNC_NATIVE."""
 
-    def test_old_driver(self):
-        """Promise 17: Every refusal is clear."""
-        native = connection.copy("native")
-        native.settings_dict["ASYNC_NATIVE"] = True
-        native.settings_dict["OPTIONS"].pop("pool", None)
-        self.check_old_driver(native)
-
     def test_default(self):
         """Without the setting, nothing is different."""
         stock = connection.copy()
+        stock.settings_dict["ASYNC_NATIVE"] = False
         stock.settings_dict["OPTIONS"].pop("pool", None)
         self.addCleanup(stock.close)
         stock.connect()

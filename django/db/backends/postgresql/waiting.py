@@ -18,9 +18,10 @@ loop. So they have to take turns, and are refused if they don't.
 import asyncio
 import logging
 import os
+import selectors
 import threading
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from time import monotonic
 
 import psycopg
@@ -28,7 +29,6 @@ from psycopg import capabilities
 from psycopg.pq import TransactionStatus
 from psycopg.waiting import Ready, Wait
 
-from django.core.exceptions import ImproperlyConfigured
 from django.db import bridge
 
 logger = logging.getLogger("django.db.backends.postgresql")
@@ -87,7 +87,15 @@ class WaitingConnection(psycopg.Connection):
             # libpq would look up the name, and block.
             connect = partial(super().connect, conninfo, **kwargs)
             return bridge.await_(_call_in_thread(connect, cls.close))
-        return bridge.await_(_connector(cls).connect(conninfo, **kwargs))
+        attempts = []
+        connector = _connector(cls, attempts)
+        try:
+            return bridge.await_(connector.connect(conninfo, **kwargs))
+        finally:
+            # An exception's traceback refers to them, and they to the session
+            # that the server may have begun.
+            for attempt in attempts:
+                attempt.close()
 
     @staticmethod
     def _is_host_unknown(conninfo, kwargs):
@@ -121,9 +129,6 @@ class WaitingConnection(psycopg.Connection):
             )
         try:
             return self._wait_in_bridge(gen, interval, **kwargs)
-        except ImproperlyConfigured:
-            self._discard()
-            raise
         except Exception:
             raise
         except BaseException:
@@ -217,6 +222,18 @@ class WaitingConnection(psycopg.Connection):
         else:
             bridge.await_(_call_in_thread(super().cancel))
 
+    def is_quiet(self):
+        """
+        Return whether the server has sent nothing while nobody waited, as it
+        does when it ends the session.
+        """
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.pgconn.socket, selectors.EVENT_READ)
+                return not selector.select(0)
+        except (OSError, psycopg.OperationalError):
+            return False
+
     # Once sent, it's done: whether it was is known only afterwards.
 
     def commit(self):
@@ -228,14 +245,17 @@ class WaitingConnection(psycopg.Connection):
             super().rollback()
 
 
-@cache
-def _connector(connection_class):
-    """Return a class whose awaitable connect() makes such connections."""
+def _connector(connection_class, attempts):
+    """
+    Return a class whose awaitable connect() makes such connections. The
+    generators that do so are added to a list.
+    """
 
     class Connector(psycopg.AsyncConnection):
         @classmethod
         def _connect_gen(cls, *args, **kwargs):
-            return connection_class._connect_gen(*args, **kwargs)
+            attempts.append(connection_class._connect_gen(*args, **kwargs))
+            return attempts[-1]
 
     return Connector
 
@@ -259,12 +279,6 @@ async def _wait_for_socket(fileno, state, interval):
                 loop.add_reader(fileno, wake, Ready.R)
             if state & Wait.W:
                 loop.add_writer(fileno, wake, Ready.W)
-        except NotImplementedError as exc:
-            raise ImproperlyConfigured(
-                f"The event loop {loop!r} can't watch sockets, which is required to "
-                "wait for PostgreSQL. Use another one, as asyncio.SelectorEventLoop, "
-                "or don't set ASYNC_NATIVE."
-            ) from exc
         except OSError as exc:
             raise psycopg.OperationalError("connection socket closed") from exc
         # The socket may have been closed in the meantime, which no event loop
@@ -275,9 +289,8 @@ async def _wait_for_socket(fileno, state, interval):
         if timer is not None:
             timer.cancel()
         if not loop.is_closed():
-            with suppress(NotImplementedError):
-                loop.remove_reader(fileno)
-                loop.remove_writer(fileno)
+            loop.remove_reader(fileno)
+            loop.remove_writer(fileno)
     return ready
 
 
@@ -301,12 +314,23 @@ async def _call_in_thread(func, undo=lambda result: None):
 
     def call():
         try:
-            settle = partial(succeed, func())
+            result = func()
         except Exception as exc:
-            settle = partial(fail, exc)
-        # The loop may have been closed.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle)
+            settle, arg = fail, exc
+        else:
+            settle, arg = succeed, result
+        try:
+            loop.call_soon_threadsafe(settle, arg)
+        except RuntimeError:
+            # The loop was closed.
+            if settle is succeed:
+                undo(arg)
 
     threading.Thread(target=call, daemon=True).start()
-    return await future
+    try:
+        return await future
+    except BaseException:
+        if future.done() and not future.cancelled() and not future.exception():
+            # It has just arrived.
+            undo(future.result())
+        raise
