@@ -240,9 +240,8 @@ class _Nested(_Entry):
             self.executor = next(threads.thread_sensitive_executors())
         enter_in_turn = sharing.in_turn(self._enter_atomic)
         timeout = sharing.TURN_TIMEOUT
-        deadline = asyncio.get_running_loop().time() + timeout
         while not self.outer.ended:
-            if not await sharing.its_turn(deadline):
+            if not await sharing.its_turn():
                 raise belonging.waited_in_vain(self.block.connection, timeout)
             _, entered = await self._enter(enter_in_turn)
             if entered:
@@ -426,7 +425,7 @@ class _Transaction(_Entry):
             is_idle = not self.executor.is_busy()
         else:
             is_idle = worker is not None
-        if not is_idle or turn is None or turn.threads() - self.executor.idents:
+        if not is_idle or turn is None or turn.threads - self.executor.idents:
             # A cursor of somebody else may still refer to the driver's
             # connection, which a pool would hand on.
             with suppress(Error), connection.wrap_database_errors:

@@ -174,8 +174,7 @@ def alias_of(func, args, kwargs):
 
 
 async def _run_in_turn(func):
-    deadline = asyncio.get_running_loop().time() + sharing.TURN_TIMEOUT
-    while await sharing.its_turn(deadline):
+    while await sharing.its_turn():
         done, result = await _run(sharing.in_turn(func))
         if done:
             return result

@@ -72,6 +72,8 @@ class Bridge:
         self.shields = 0
         self.cancelled = None
         self.closed = False
+        # Called before the code goes over to a coroutine.
+        self.before_coroutine = None
 
     def take_awaitable(self):
         awaitable, self.awaitable = self.awaitable, None
@@ -322,13 +324,16 @@ def _adapt_async_to_sync():
     @wraps(call)
     def __call__(self, *args, **kwargs):
         __traceback_hide__ = True  # noqa: F841
-        if self.force_new_loop or current() is None:
+        bridge = current()
+        if self.force_new_loop or bridge is None:
             values = [(variable, variable.get()) for variable in confined_variables]
             try:
                 return call(self, *args, **kwargs)
             finally:
                 for variable, value in values:
                     variable.set(value)
+        if bridge.before_coroutine is not None:
+            bridge.before_coroutine()
         awaitable = self.awaitable(*args, **kwargs)
         if (exc := sys.exception()) is not None:
             awaitable = _handling(exc, awaitable)

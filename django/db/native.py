@@ -61,7 +61,7 @@ async def run(func, block=None, shielded=False):
     belonging.claim()
     if task in _operations:
         # It's called by a coroutine that code in the bridge awaits.
-        return await bridge.run(func)
+        return await bridge.run(_call_in_operation, func, _operations[task])
     _operations[task] = leases = {}
     try:
         return await bridge.run(_call_with_leases, func, leases)
@@ -139,9 +139,24 @@ def _call_shielded(func):
         return func()
 
 
+def _call_in_operation(func, leases):
+    bridge.current().before_coroutine = partial(_pause, leases)
+    return func()
+
+
+def _pause(leases):
+    """
+    Don't keep a pooled connection for the operation, if that has no use for it
+    now, while a coroutine is awaited: tasks that are started in there, as
+    asynchronous receivers of signals are, may need one to go on.
+    """
+    for lease in list(leases.values()):
+        lease.pause()
+
+
 def _call_with_leases(func, leases):
     try:
-        return func()
+        return _call_in_operation(func, leases)
     finally:
         if leases:
             with bridge.shielded():
@@ -229,7 +244,30 @@ def _make_wrapper(alias):
     connection.serves_scope = True
     # How many leases there are of it, if it's a task's own.
     connection.lease_count = 0
+    connection._cursor = partial(_cursor_in_turn, weakref.ref(connection))
     return connection
+
+
+def _cursor_in_turn(ref, *args, **kwargs):
+    """
+    Make a cursor after checking the session, or opening one. Other tasks wait
+    for that, and don't get a cursor of a session that's about to be closed.
+    """
+    connection = ref()
+    with sharing.taking_turn(connection):
+        return type(connection)._cursor(connection, *args, **kwargs)
+
+
+def _was_in_threads(connection):
+    """
+    Return whether synchronous code has used it in threads, inside of atomic()
+    in the bridge. If its caller was cancelled, it may still have a cursor.
+    """
+    turn = connection.turn
+    if turn is None or not turn.threads:
+        return False
+    turn.threads.clear()
+    return True
 
 
 def has_open_cursors(connection):
@@ -275,13 +313,16 @@ class _ScopeLease:
     def wrapper(alias):
         return _shared(scopes.current(), alias).connection
 
+    def pause(self):
+        """It's shared by tasks that are started meanwhile, anyway."""
+
     def end(self):
         with self._scope.lock:
             self._lease.users -= 1
             if self._lease.users:
                 return
             self._lease.rest()
-            if not self._scope.is_open:
+            if not self._scope.is_open or _was_in_threads(self.connection):
                 self._lease.close()
 
 
@@ -365,6 +406,9 @@ class TaskWrapper:
             if was_set and name not in own:
                 setattr(heir, name, value)
                 heir.has_inherited = True
+        if not heir.settings_dict["OPTIONS"].get("pool"):
+            # As in thread mode, a block's connection has its own.
+            return
         for name in INHERITED_ATTRIBUTES:
             setattr(heir, name, getattr(self.connection, name))
         heir.execute_wrappers = self.connection.execute_wrappers.copy()
@@ -438,6 +482,18 @@ class _PoolLease:
             _inherited.set({**(_inherited.get() or {}), alias: wrapper})
         return wrappers[alias].connection
 
+    def pause(self):
+        connection = self.connection
+        if (
+            self.is_exclusive()
+            and not connection.turn.depth
+            and not connection.in_atomic_block
+            and connection.autocommit
+            and all(cursor.closed for cursor in list(connection.cursors))
+        ):
+            with bridge.shielded():
+                connection.close()
+
     def end(self):
         connection = self.connection
         connection.lease_count -= 1
@@ -450,4 +506,6 @@ class _PoolLease:
             if asyncio._get_running_loop() is None:
                 # A coroutine is destroyed whose loop was closed.
                 connection._thread_ident = get_ident()
+            if _was_in_threads(connection):
+                connection.connection.close()
             connection.close()

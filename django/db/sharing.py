@@ -19,9 +19,10 @@ is nested in its block, entered in this thread     waits, and meanwhile runs
                                                    else is refused
 ================================================== ===========================
 
-A wait ends after TURN_TIMEOUT seconds, in TransactionManagementError. None
-blocks an event loop: its_turn() is awaited before a thread is asked to run
-synchronous code, and code in the bridge (see django.db.bridge) is suspended.
+If nobody gets on for TURN_TIMEOUT seconds, those who wait are refused with a
+TransactionManagementError (see django.db.turns). No wait blocks an event loop:
+its_turn() is awaited before a thread is asked to run synchronous code, and
+code in the bridge (see django.db.bridge) is suspended.
 
 A connection made for a block is bound to no thread, and retired at the end. A
 database with a single connection, an in-memory SQLite database, lends it to a
@@ -86,8 +87,10 @@ def admits(connection):
     if connection.turn is None:
         return belonging.joined(connection) is not None
     if connection.serves_scope and bridge.current() is None:
-        # It's shared by tasks of native mode, and not with other threads.
-        return False
+        # It's shared by tasks of native mode, and not with other threads,
+        # unless they work inside a block of theirs.
+        if belonging.joined(connection) is None:
+            return False
     with taking_turn(connection):
         return True
 
@@ -199,7 +202,11 @@ def taking_turn(connection, leaving=False, block=None):
 
     if turn.needs_thread and waiter_class is ThreadWaiter and not leaving:
         raise belonging.waits_for_copy(connection)
-    if not turn.take(holder, ready, TURN_TIMEOUT, waiter_class):
+
+    def works():
+        return waiter_class is bridge.TurnWaiter and _is_working(connection)
+
+    if not turn.take(holder, ready, TURN_TIMEOUT, waiter_class, works):
         raise belonging.waited_in_vain(connection, TURN_TIMEOUT)
     if connection.turn is not turn:
         # Threads that share the connection by other means: its blocks have
@@ -223,7 +230,8 @@ def taking_turn(connection, leaving=False, block=None):
                 _check(connection, block, call)
                 if call is not None and block is not None:
                     call.turns[block] = turn.count
-        turn.holders.add(holder)
+        if bridge.current() is None:
+            turn.threads.add(holder)
         yield
     finally:
         turn.give()
@@ -276,6 +284,17 @@ def _waiting():
         return _thread.get_ident(), waiter_class, call
     # Suspended code must not refer to its task.
     return weakref.ref(belonging.running_task()), bridge.TurnWaiter, None
+
+
+def _is_working(connection):
+    """Return whether the database runs a statement, which ends by itself."""
+    turn, driver_connection = connection.turn, connection.connection
+    return (
+        turn is not None
+        and not turn.is_kept
+        and driver_connection is not None
+        and driver_connection.is_running()
+    )
 
 
 def _wait_for_cancellation(done):
@@ -449,10 +468,11 @@ def hold_turn(connection, holder):
         turn.needs_thread = True
     else:
         holder = _waiting()[0]
+    turn.is_kept = True
     turn.pass_on(holder)
 
     def give():
-        turn.needs_thread = False
+        turn.needs_thread = turn.is_kept = False
         turn.give()
 
     return give
@@ -474,20 +494,18 @@ def _out_of_turn():
     return None
 
 
-async def its_turn(deadline):
+async def its_turn():
     """
     Wait on the event loop until no block nested in those that the current
-    task is inside of is open, or until `deadline`, on the loop's clock. Return
-    whether that's so.
+    task is inside of is open. Return False if that was given up.
     """
-    loop = asyncio.get_running_loop()
     while (block := _out_of_turn()) is not None:
         turn = block.connection.turn
 
         def ready():
             return block.ended or _top(block.connection) is block
 
-        if turn and not await turn.comes(ready, deadline - loop.time()):
+        if turn and not await turn.comes(ready, TURN_TIMEOUT):
             return False
     return True
 

@@ -15,6 +15,10 @@ function returns false:
 Whoever changes what those functions look at calls changed(). They are called
 with a lock held, in any thread, and must neither wait nor use the turn.
 
+A wait is given up when nothing has got on for `timeout` seconds, as it may be
+one for another in turn. A long queue, or a holder that `works()`, as another
+function says, isn't given up.
+
 Nothing in here knows of databases.
 """
 
@@ -48,29 +52,31 @@ class Turn:
         self._requests = []
         # How often it was taken by somebody who didn't hold it.
         self.count = 0
-        # For the use of the callers: everybody who ever held it, and if what a
-        # holder did is being cancelled, the count of that turn and an event
-        # that tells when that has ended.
-        self.holders = set()
+        # How often changed() was called.
+        self.changes = 0
+        # For the use of the callers: the idents of the threads that ever held
+        # it, and if what a holder did is being cancelled, the count of that
+        # turn and an event that tells when that has ended.
+        self.threads = set()
         self.cancelled = None
         # Whether the holder needs a thread, which mustn't wait for the turn.
         self.needs_thread = False
+        # Whether the holder keeps it while it does nothing.
+        self.is_kept = False
 
     @property
     def depth(self):
         """How often the holder has taken the turn."""
         return self._depth
 
-    def threads(self):
-        """Return the idents of the threads that ever held it."""
-        return {holder for holder in self.holders if isinstance(holder, int)}
-
-    def take(self, holder, ready, timeout, waiter_class=ThreadWaiter):
+    def take(
+        self, holder, ready, timeout, waiter_class=ThreadWaiter, works=lambda: False
+    ):
         """
         Take the turn for `holder` once nobody else holds it and `ready()` is
-        true. Return whether that happened within `timeout` seconds.
+        true. Return False if it was given up.
         """
-        deadline = time.monotonic() + timeout
+        patience = None
         while True:
             with self._lock:
                 if self._holder == holder:
@@ -83,10 +89,13 @@ class Turn:
                 # the wait would be missed.
                 request = _Request(ready, holder, waiter_class())
                 self._requests.append(request)
-            remaining = deadline - time.monotonic()
+            if patience is None:
+                patience = _Patience(self, ready, works, timeout)
             try:
-                if remaining > 0:
+                while (remaining := patience.remaining()) > 0:
                     request.waiter.wait(remaining)
+                    if not patience.is_over():
+                        break
             except BaseException:
                 # Nobody is there any more to give it back.
                 if not self._withdraw(request):
@@ -113,13 +122,20 @@ class Turn:
     def changed(self):
         """Look again whether anybody who waits can go on."""
         with self._lock:
+            self.changes += 1
             self._serve()
+
+    def get_on(self, ready):
+        """Return what becomes another value when others get on."""
+        with self._lock:
+            return self.changes, ready() and self.count
 
     async def comes(self, ready, timeout):
         """
-        Wait on the event loop until `ready()` is true. Return whether that
-        happened within `timeout` seconds.
+        Wait on the event loop until `ready()` is true. Return False if that
+        was given up.
         """
+        patience = _Patience(self, ready, lambda: False, timeout)
         waiter = _LoopWaiter(asyncio.get_running_loop())
         request = _Request(ready, None, waiter)
         with self._lock:
@@ -127,13 +143,13 @@ class Turn:
                 return True
             self._requests.append(request)
         try:
-            async with asyncio.timeout(timeout):
-                await waiter.future
-        except TimeoutError:
+            while (remaining := patience.remaining()) > 0:
+                await asyncio.wait([waiter.future], timeout=remaining)
+                if waiter.future.done():
+                    return True
             return False
         finally:
             self._withdraw(request)
-        return True
 
     def _withdraw(self, request):
         """Return whether a request hadn't been served."""
@@ -157,6 +173,27 @@ class Turn:
         self._holder = holder
         self._depth = 1
         self.count += 1
+
+
+class _Patience:
+    def __init__(self, turn, ready, works, timeout):
+        self._turn = turn
+        self._ready = ready
+        self._works = works
+        self._timeout = timeout
+        self._seen = turn.get_on(ready)
+        self._end = time.monotonic() + timeout
+
+    def is_over(self):
+        return time.monotonic() >= self._end
+
+    def remaining(self):
+        """Return for how many seconds to wait before it's asked again."""
+        if self.is_over():
+            seen, self._seen = self._seen, self._turn.get_on(self._ready)
+            if self._seen != seen or self._works():
+                self._end = time.monotonic() + self._timeout
+        return self._end - time.monotonic()
 
 
 class _Request:

@@ -1,0 +1,199 @@
+"""
+Promises 2, 3, 7, 8 and 11 in native mode: what was once found to break them.
+"""
+
+import asyncio
+import unittest
+from unittest import mock
+
+from asgiref.sync import async_to_sync, sync_to_async
+
+from django.db import (
+    connection,
+    connections,
+    new_connection,
+    run_sync,
+    scopes,
+    sharing,
+    transaction,
+)
+from django.db.models.signals import post_save
+from django.test import TransactionTestCase
+
+from .models import Author
+
+try:
+    import psycopg_pool
+except ImportError:
+    psycopg_pool = None
+
+
+def sleep(seconds):
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_sleep(%s)", [seconds])
+
+
+@unittest.skipUnless("default" in connections.native_aliases, "Needs ASYNC_NATIVE.")
+class NativeTestCase(TransactionTestCase):
+    available_apps = ["async_bridge", "django.contrib.contenttypes"]
+
+
+class SharedConnectionTests(NativeTestCase):
+    """Promise 8: the tasks of a scope take turns on one connection."""
+
+    async def gather(self, *coroutines):
+        async with asyncio.timeout(10):
+            return await asyncio.gather(*coroutines)
+
+    @mock.patch.object(scopes, "CHECK_AFTER", -1)
+    async def test_health_check(self):
+        """An idle session is checked by one task, and the others wait."""
+        await Author.objects.acount()
+        counts = await self.gather(*[Author.objects.acount() for _ in range(5)])
+        self.assertEqual(counts, [0] * 5)
+
+    async def test_many_queries(self):
+        """Promise 3: to wait in a queue isn't a deadlock."""
+        with mock.patch.object(sharing, "TURN_TIMEOUT", 0.2):
+            await self.gather(*[run_sync(sleep, 0.05) for _ in range(20)])
+
+    async def test_slow_query(self):
+        """Promise 3: nor is to wait for a slow query."""
+        with mock.patch.object(sharing, "TURN_TIMEOUT", 0.1):
+            await self.gather(run_sync(sleep, 0.5), Author.objects.acount())
+
+    async def test_finished_tasks(self):
+        """Nothing of them is kept by the connection."""
+
+        def size():
+            turn = scopes.current().shared["default"].connection.turn
+            return sum(
+                len(value)
+                for value in vars(turn).values()
+                if isinstance(value, (set, list))
+            )
+
+        await Author.objects.acount()
+        before = size()
+        await self.gather(*[Author.objects.acount() for _ in range(5)])
+        self.assertEqual(size(), before)
+
+
+def call_inside(coroutine_function):
+    """Await a coroutine inside of atomic(), which is rolled back."""
+    with transaction.atomic():
+        Author.objects.create(name="inside")
+        result = async_to_sync(coroutine_function)()
+        transaction.set_rollback(True)
+        return result
+
+
+class InsideSyncBlockTests(NativeTestCase):
+    """
+    Promise 2: atomic() in the bridge covers what's started inside, in threads
+    as well.
+    """
+
+    async def check(self, count):
+        self.assertEqual(await run_sync(call_inside, count), 1)
+        self.assertEqual(await Author.objects.acount(), 0)
+
+    async def test_sync_to_async(self):
+        await self.check(sync_to_async(Author.objects.count))
+
+    async def test_not_thread_sensitive(self):
+        await self.check(sync_to_async(Author.objects.count, thread_sensitive=False))
+
+    async def test_to_thread(self):
+        async def count():
+            return await asyncio.to_thread(Author.objects.count)
+
+        await self.check(count)
+
+    async def test_cursor_that_outlives_it(self):
+        """Promise 7: its session isn't used again."""
+
+        def execute():
+            cursor = connection.cursor()
+            cursor.execute("SELECT 1")
+            return cursor
+
+        cursor = await run_sync(call_inside, sync_to_async(execute))
+        await Author.objects.acount()
+        with self.assertRaises(connection.Database.OperationalError):
+            await sync_to_async(cursor.cursor.execute)("SELECT 1")
+
+
+@unittest.skipUnless(psycopg_pool, "psycopg_pool is required.")
+class PoolTestCase(NativeTestCase):
+    """With a pool of one connection, which comes back to it."""
+
+    def setUp(self):
+        connections.close_all()
+        pool = {"min_size": 0, "max_size": 1, "timeout": 3}
+        patcher = mock.patch.dict(connection.settings_dict["OPTIONS"], pool=pool)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+        self.addCleanup(connection.close_pool)
+        self.addCleanup(self.check_pool)
+        self.addCleanup(connections.close_all)
+
+    def check_pool(self):
+        # What was discarded is replaced by a thread of the pool.
+        with connection.pool.connection(timeout=10):
+            pass
+
+
+class PausedOperationTests(PoolTestCase):
+    """
+    Promises 2 and 8: an operation keeps no connection from tasks that it waits
+    for.
+    """
+
+    async def test_asynchronous_receiver(self):
+        counts = []
+
+        async def count(**kwargs):
+            counts.append(await Author.objects.acount())
+
+        post_save.connect(count, sender=Author)
+        self.addCleanup(post_save.disconnect, count, sender=Author)
+        await Author.objects.acreate(name="a")
+        self.assertEqual(counts, [1])
+
+    async def test_tasks(self):
+        def count_in(coroutine_function):
+            before = Author.objects.count()
+            return before, async_to_sync(coroutine_function)(), Author.objects.count()
+
+        async def in_task():
+            return await asyncio.create_task(Author.objects.acount())
+
+        async def in_block():
+            async with transaction.aatomic():
+                return await Author.objects.acount()
+
+        async def on_own_connection():
+            async with new_connection():
+                return await Author.objects.acount()
+
+        for function in (in_task, in_block, on_own_connection):
+            with self.subTest(function=function.__name__):
+                self.assertEqual(await run_sync(count_in, function), (0, 0, 0))
+
+    async def test_cursor(self):
+        """What's open keeps the session."""
+
+        def session(cursor):
+            cursor.execute("SELECT pg_backend_pid()")
+            return cursor.fetchone()
+
+        def sessions():
+            with connection.cursor() as cursor:
+                before = session(cursor)
+                async_to_sync(asyncio.sleep)(0)
+                self.assertEqual(connection.pool.get_stats()["pool_available"], 0)
+                return before, session(cursor)
+
+        before, after = await run_sync(sessions)
+        self.assertEqual(before, after)
