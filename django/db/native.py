@@ -13,18 +13,24 @@ for, until it ends:
   connection from the pool and returns it.
 
 A connection on which a server-side cursor is open stays leased.
+
+If an event loop is closed and its coroutines aren't destroyed, nobody ends
+their leases. So the next event loop does that before its first one.
 """
 
 import asyncio
 import socket
 import sys
+import threading
 import weakref
 from _thread import get_ident
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache, partial
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import async_atomic, belonging, bridge, connections, scopes, sharing
+from django.db.utils import Error
 
 # What all wrappers have, and tasks inherit along with attributes that are only
 # set by users. They log to one log.
@@ -35,6 +41,9 @@ PRIVATE_ATTRIBUTES = ["cursors", "has_inherited", "lease_count"]
 
 # The aliases that have been checked on each event loop.
 _checked = weakref.WeakKeyDictionary()
+
+# Leases that tasks of each event loop haven't ended, by what they lease.
+_leases = weakref.WeakKeyDictionary()
 
 # The leases of each task's operation, by alias.
 _operations = weakref.WeakKeyDictionary()
@@ -278,6 +287,40 @@ def has_open_cursors(connection):
     )
 
 
+class _Lease:
+    """The use of a connection by an operation, or by what goes on after it."""
+
+    def __init__(self):
+        loop = asyncio.get_running_loop()
+        if loop not in _leases:
+            for other, leases in list(_leases.items()):
+                if other.is_closed():
+                    # Other threads may do the same.
+                    with suppress(KeyError):
+                        while True:
+                            leases.popitem()[1].desert()
+            _leases[loop] = {}
+        self._leases = _leases[loop]
+
+    def desert(self):
+        """End it after its event loop was closed."""
+        thread = threading.Thread(
+            target=_end_session, args=[self.connection], daemon=True
+        )
+        thread.start()
+
+
+def _end_session(connection):
+    with suppress(Exception):
+        connection.cancel_query()
+    with suppress(Exception):
+        connection.connection.close()
+    sharing.unshare(connection)
+    connection._thread_ident = get_ident()
+    with suppress(Error):
+        connection.close()
+
+
 # ##### Without a pool #####
 
 
@@ -295,8 +338,9 @@ def _shared(scope, alias):
         return lease
 
 
-class _ScopeLease:
+class _ScopeLease(_Lease):
     def __init__(self, alias):
+        super().__init__()
         self._scope = scopes.current()
         with self._scope.lock:
             self._lease = lease = _shared(self._scope, alias)
@@ -304,6 +348,7 @@ class _ScopeLease:
                 _prepare(lease)
             lease.users += 1
         self.connection = lease.connection
+        self._leases[self] = self
 
     def is_exclusive(self):
         """Return whether nobody else uses the connection."""
@@ -316,7 +361,17 @@ class _ScopeLease:
     def pause(self):
         """It's shared by tasks that are started meanwhile, anyway."""
 
+    def desert(self):
+        with self._scope.lock:
+            shared = self._scope.shared
+            if shared.get(self.connection.alias) is not self._lease:
+                # Another one was deserted before.
+                return
+            del shared[self.connection.alias]
+        super().desert()
+
     def end(self):
+        self._leases.pop(self, None)
         with self._scope.lock:
             self._lease.users -= 1
             if self._lease.users:
@@ -463,10 +518,12 @@ def _is_plain(connection):
     return vars(connection).keys() <= _own_attributes(type(connection))
 
 
-class _PoolLease:
+class _PoolLease(_Lease):
     def __init__(self, alias, connection=None):
+        super().__init__()
         self.connection = connection or self.wrapper(alias)
         self.connection.lease_count += 1
+        self._leases[self.connection] = self
 
     def is_exclusive(self):
         """Return whether nobody else uses the connection."""
@@ -509,3 +566,5 @@ class _PoolLease:
             if _was_in_threads(connection):
                 connection.connection.close()
             connection.close()
+        if not connection.lease_count and connection.connection is None:
+            self._leases.pop(connection, None)

@@ -100,7 +100,6 @@ def share(connection, lent=False):
     with _sharing:
         if connection.turn is None:
             connection.turn = Turn()
-            connection.execute_wrappers.insert(0, _statement)
         if lent:
             # Bound to no thread, so that its own one is checked as well.
             connection.lent_by = connection._thread_ident
@@ -114,8 +113,6 @@ def unshare(connection):
             block = connection.blocks.pop()
             block.ended = block.abandoned = True
         turn, connection.turn = connection.turn, None
-        with suppress(ValueError):
-            connection.execute_wrappers.remove(_statement)
         if connection.lent_by is not None:
             connection._thread_ident = connection.lent_by
             connection.lent_by = None
@@ -322,8 +319,8 @@ def _top(connection):
         return None
 
 
-def _statement(execute, sql, params, many, context):
-    """Execute in turn. This is what share() adds to the execute wrappers."""
+def execute_in_turn(execute, sql, params, many, context):
+    """Execute in turn. It's called around the execute wrappers."""
     connection, cursor = context["connection"], context["cursor"]
     if connection.vendor == "mysql" and "close" not in vars(cursor):
         cursor.close = _closing_in_turn(connection, cursor.cursor.close)

@@ -285,17 +285,21 @@ class _Waiter:
         self._thread = thread
         self._idle = False
         self._granted = False
+        # Whether it could have been granted the turn before it was idle. Then
+        # it asks anew: nobody is going to offer it again.
+        self._missed = False
 
     def grant(self):
         with self._thread._changed:
             self._granted = self._idle
+            self._missed = not self._idle
             self._thread._changed.notify_all()
             return self._granted
 
     def wait(self, timeout):
         thread = self._thread
         with thread._changed:
-            if not thread._work:
+            if not thread._work and not self._missed:
                 self._idle = True
                 thread.wait(timeout, lambda: self._granted)
                 self._idle = False

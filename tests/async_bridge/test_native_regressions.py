@@ -3,7 +3,11 @@ Promises 2, 3, 7, 8 and 11 in native mode: what was once found to break them.
 """
 
 import asyncio
+import logging
+import threading
+import time
 import unittest
+from functools import partial
 from unittest import mock
 
 from asgiref.sync import async_to_sync, sync_to_async
@@ -128,12 +132,18 @@ class InsideSyncBlockTests(NativeTestCase):
 class PoolTestCase(NativeTestCase):
     """With a pool of one connection, which comes back to it."""
 
+    max_size = 1
+
     def setUp(self):
         connections.close_all()
-        pool = {"min_size": 0, "max_size": 1, "timeout": 3}
+        pool = {"min_size": 0, "max_size": self.max_size, "timeout": 3}
         patcher = mock.patch.dict(connection.settings_dict["OPTIONS"], pool=pool)
         patcher.start()
         self.addCleanup(patcher.stop)
+        # It reports connections that come back closed.
+        logger = logging.getLogger("psycopg.pool")
+        self.addCleanup(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         self.addCleanup(connection.close_pool)
         self.addCleanup(self.check_pool)
         self.addCleanup(connections.close_all)
@@ -197,3 +207,94 @@ class PausedOperationTests(PoolTestCase):
 
         before, after = await run_sync(sessions)
         self.assertEqual(before, after)
+
+
+class ClosedLoopMixin:
+    """
+    Promise 7: an event loop that's closed in the middle of operations doesn't
+    keep their connection. Their coroutines aren't destroyed with it, since
+    they lead to their own tasks.
+    """
+
+    def is_running(self):
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() "
+                "AND state = 'active' AND query LIKE 'SELECT pg_sleep%'"
+            )
+            return cursor.fetchone() is not None
+
+    def wait(self, loop, condition):
+        deadline = time.monotonic() + 10
+        while not condition():
+            self.assertLess(time.monotonic(), deadline)
+            loop.run_until_complete(asyncio.sleep(0.01))
+
+    def close_loop(self, coroutine_function, condition):
+        async def run():
+            task = asyncio.current_task()  # NOQA: F841
+            await coroutine_function()
+
+        loop = asyncio.new_event_loop()
+        coroutine = run()
+        task = loop.create_task(coroutine)
+        task._log_destroy_pending = False
+        self.addCleanup(coroutine.close)
+        self.wait(loop, condition)
+        loop.close()
+        connections.close_all()
+
+    def check(self):
+        async def count():
+            async with asyncio.timeout(10):
+                return await Author.objects.acount()
+
+        self.assertEqual(asyncio.run(count()), 0)
+        with asyncio.Runner() as runner:
+            self.wait(runner.get_loop(), lambda: not self.is_running())
+        connections.close_all()
+
+    def test_query(self):
+        def slow():
+            task = asyncio.current_task()  # NOQA: F841
+            sleep(20)
+
+        for _ in range(2):
+            self.close_loop(partial(run_sync, slow), self.is_running)
+            self.check()
+
+    def test_block(self):
+        event = threading.Event()
+
+        def slow():
+            with transaction.atomic():
+                Author.objects.create(name="lost")
+                event.set()
+                async_to_sync(asyncio.sleep)(20)
+
+        for _ in range(2):
+            event.clear()
+            self.close_loop(partial(run_sync, slow), event.is_set)
+            self.check()
+
+
+class ClosedLoopTests(ClosedLoopMixin, NativeTestCase):
+    pass
+
+
+class PooledClosedLoopTests(ClosedLoopMixin, PoolTestCase):
+    max_size = 2
+
+    def test_iterator(self):
+        Author.objects.create(name="a")
+        event = threading.Event()
+
+        async def iterate():
+            async for _ in Author.objects.aiterator(chunk_size=1):
+                event.set()
+                await asyncio.sleep(20)
+
+        for _ in range(2):
+            event.clear()
+            self.close_loop(iterate, event.is_set)
+            asyncio.run(Author.objects.acount())

@@ -103,7 +103,6 @@ class AsyncTransactionTestCase(TransactionTestCase):
         self.assertEqual(connection.blocks, [])
         self.assertIsNone(connection.turn)
         self.assertIsNone(connection.lent_by)
-        self.assertEqual(connection.execute_wrappers, [])
         self.assertIsNone(getattr(AsyncToSync.executors, "current", None))
         if server.is_supported():
             # asgiref's shared thread keeps its connection for the process.

@@ -7,9 +7,11 @@ import threading
 
 from asgiref.sync import async_to_sync, sync_to_async
 
-from django.db import connection, sharing, transaction
+from django.db import belonging, connection, sharing, transaction
+from django.db.threads import TransactionThread
 from django.db.transaction import TransactionManagementError
-from django.test import TransactionTestCase
+from django.db.turns import Turn
+from django.test import SimpleTestCase, TransactionTestCase
 
 from .base import (
     AsyncTransactionTestCase,
@@ -209,6 +211,7 @@ class OwnTransactionTurnTests(TurnTestsMixin, AsyncTransactionTestCase):
                 block(), sibling("a"), sibling("b"), return_exceptions=True
             )
         self.assertIsInstance(results[0], Rollback)
+        self.assertEqual(results[1:], [None, None])
         await self.assertAsyncNames("a", "b")
 
 
@@ -266,3 +269,30 @@ class TurnsEndTests(AsyncTransactionTestCase):
             self.assertIsNotNone(connection.turn)
         self.assertIsNone(connection.turn)
         self.assertNames("thread")
+
+
+class ThreadTurnTests(SimpleTestCase):
+    async def test_turn_comes_before_the_thread_is_idle(self):
+        """Between the request and the wait, another thread ends a block."""
+        turn = Turn()
+        ended = False
+
+        class Waiter:
+            def __init__(self):
+                self.waiter = belonging.working.waiter_class()
+                self.grant = self.waiter.grant
+
+            def wait(self, timeout):
+                nonlocal ended
+                if not ended:
+                    ended = True
+                    turn.changed()
+                self.waiter.wait(timeout)
+
+        thread = TransactionThread(
+            "thread", lambda: None, asyncio.get_running_loop(), None
+        )
+        self.addCleanup(thread.shutdown)
+        taken = thread.submit(turn.take, "holder", lambda: ended, 1, Waiter)
+        self.assertIs(await asyncio.wrap_future(taken), True)
+        self.assertEqual(turn.depth, 1)

@@ -216,7 +216,6 @@ class DecisionTests(TransactionTestCase):
     def test_blocks_without_a_second_execution_take_no_turns(self):
         with transaction.atomic(), transaction.atomic():
             self.assertIsNone(connection.turn)
-            self.assertEqual(connection.execute_wrappers, [])
             self.assertEqual(len(connection.blocks), 2)
         self.assertEqual(connection.blocks, [])
 
