@@ -386,7 +386,7 @@ class OutsideTests(TestCase):
 
 class PlainTests(unittest.TestCase):
     def test_query(self):
-        # Nobody but the plugin closes its connection.
+        # Its connection is open until the database is to be dropped.
         self.assertEqual(query(), (1,))
 """
 
