@@ -107,8 +107,8 @@ def install(directory):
 
 def run_on_loop(func):
     """Call a function in the bridge on an event loop of its own."""
-    # It can't be imported before the settings are complete.
-    from django.db import native
+    # They can't be imported before the settings are complete.
+    from django.db import native, scopes
 
     context = contextvars.copy_context()
     try:
@@ -118,6 +118,12 @@ def run_on_loop(func):
         for variable, value in context.items():
             if variable.get(None) is not value:
                 variable.set(value)
+        # Test cases that it ran have put back the methods they had replaced,
+        # but as attributes of the connection.
+        for connection in scopes.idle_connections():
+            features = connection.features
+            for name, _ in features.disallowed_simple_test_case_connection_methods:
+                vars(connection).pop(name, None)
 
 
 @functools.cache
