@@ -24,7 +24,7 @@ import sys
 import threading
 import weakref
 from _thread import get_ident
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from functools import cache, partial
 
@@ -168,9 +168,10 @@ def _call_with_leases(func, leases):
         return _call_in_operation(func, leases)
     finally:
         if leases:
-            with bridge.shielded():
+            # Each, even if another one can't be ended.
+            with bridge.shielded(), ExitStack() as stack:
                 for lease in leases.values():
-                    lease.end()
+                    stack.callback(lease.end)
 
 
 def connection_for(alias):

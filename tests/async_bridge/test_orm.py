@@ -363,7 +363,9 @@ class AuthInventoryTests(InventoryTestCase):
     def setUp(self):
         super().setUp()
         self.user = User.objects.create_user("user", password="password")
-        self.permission = Permission.objects.get(codename="add_user")
+        self.permission = Permission.objects.get(
+            codename="add_user", content_type__app_label="auth"
+        )
         Group.objects.create(name="group")
 
     def fresh(self):
