@@ -525,8 +525,11 @@ def foreign(connection):
     )
 
 
-def waited_in_vain(connection, timeout):
+def waited_in_vain(connection, timeout, block=None):
+    """Tell of a wait for a nested block, or in `block` for another execution."""
     top = connection.blocks[-1] if connection.blocks else None
+    if top is block:
+        top = None
     obstacle = (
         f"the block that {top} opened on" if top else "another one to be done with"
     )

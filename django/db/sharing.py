@@ -200,11 +200,10 @@ def taking_turn(connection, leaving=False, block=None):
     if turn.needs_thread and waiter_class is ThreadWaiter and not leaving:
         raise belonging.waits_for_copy(connection)
 
-    def works():
-        return waiter_class is bridge.TurnWaiter and _is_working(connection)
-
-    if not turn.take(holder, ready, TURN_TIMEOUT, waiter_class, works):
-        raise belonging.waited_in_vain(connection, TURN_TIMEOUT)
+    # Whoever leaves doesn't wait for a statement that may never end, such as
+    # one on a half-open socket.
+    if not turn.take(holder, ready, TURN_TIMEOUT, waiter_class, not leaving):
+        raise belonging.waited_in_vain(connection, TURN_TIMEOUT, block)
     if connection.turn is not turn:
         # Threads that share the connection by other means: its blocks have
         # ended, and others may have been entered.
@@ -283,17 +282,6 @@ def _waiting():
     return weakref.ref(belonging.running_task()), bridge.TurnWaiter, None
 
 
-def _is_working(connection):
-    """Return whether the database runs a statement, which ends by itself."""
-    turn, driver_connection = connection.turn, connection.connection
-    return (
-        turn is not None
-        and not turn.is_kept
-        and driver_connection is not None
-        and driver_connection.is_running()
-    )
-
-
 def _wait_for_cancellation(done):
     if bridge.current() is None:
         done.wait()
@@ -325,6 +313,9 @@ def execute_in_turn(execute, sql, params, many, context):
     if connection.vendor == "mysql" and "close" not in vars(cursor):
         cursor.close = _closing_in_turn(connection, cursor.cursor.close)
     with taking_turn(connection):
+        turn = connection.turn
+        if turn is not None:
+            turn.works = True
         try:
             result = execute(sql, params, many, context)
         except asyncio.CancelledError:
@@ -334,6 +325,9 @@ def execute_in_turn(execute, sql, params, many, context):
                 with suppress(connection.Database.Error), bridge.shielded():
                     cursor.close()
             raise
+        finally:
+            if turn is not None:
+                turn.works = False
         if "close" not in vars(cursor) and _is_server_side(cursor.cursor, connection):
             cursor.close = _closing_server_side(connection, cursor.cursor)
         if connection.turn is None:
@@ -465,11 +459,10 @@ def hold_turn(connection, holder):
         turn.needs_thread = True
     else:
         holder = _waiting()[0]
-    turn.is_kept = True
     turn.pass_on(holder)
 
     def give():
-        turn.needs_thread = turn.is_kept = False
+        turn.needs_thread = False
         turn.give()
 
     return give

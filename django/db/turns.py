@@ -16,8 +16,7 @@ Whoever changes what those functions look at calls changed(). They are called
 with a lock held, in any thread, and must neither wait nor use the turn.
 
 A wait is given up when nothing has got on for `timeout` seconds, as it may be
-one for another in turn. A long queue, or a holder that `works()`, as another
-function says, isn't given up.
+one for another in turn. A long queue, or a holder that works, isn't given up.
 
 Nothing in here knows of databases.
 """
@@ -61,20 +60,19 @@ class Turn:
         self.cancelled = None
         # Whether the holder needs a thread, which mustn't wait for the turn.
         self.needs_thread = False
-        # Whether the holder keeps it while it does nothing.
-        self.is_kept = False
+        # Whether the holder does what ends by itself.
+        self.works = False
 
     @property
     def depth(self):
         """How often the holder has taken the turn."""
         return self._depth
 
-    def take(
-        self, holder, ready, timeout, waiter_class=ThreadWaiter, works=lambda: False
-    ):
+    def take(self, holder, ready, timeout, waiter_class=ThreadWaiter, patient=True):
         """
         Take the turn for `holder` once nobody else holds it and `ready()` is
-        true. Return False if it was given up.
+        true. Return False if it was given up, unless `patient` also while the
+        holder works.
         """
         patience = None
         while True:
@@ -90,7 +88,7 @@ class Turn:
                 request = _Request(ready, holder, waiter_class())
                 self._requests.append(request)
             if patience is None:
-                patience = _Patience(self, ready, works, timeout)
+                patience = _Patience(self, ready, timeout, patient)
             try:
                 while (remaining := patience.remaining()) > 0:
                     request.waiter.wait(remaining)
@@ -135,7 +133,7 @@ class Turn:
         Wait on the event loop until `ready()` is true. Return False if that
         was given up.
         """
-        patience = _Patience(self, ready, lambda: False, timeout)
+        patience = _Patience(self, ready, timeout)
         waiter = _LoopWaiter(asyncio.get_running_loop())
         request = _Request(ready, None, waiter)
         with self._lock:
@@ -176,11 +174,11 @@ class Turn:
 
 
 class _Patience:
-    def __init__(self, turn, ready, works, timeout):
+    def __init__(self, turn, ready, timeout, patient=True):
         self._turn = turn
         self._ready = ready
-        self._works = works
         self._timeout = timeout
+        self._patient = patient
         self._seen = turn.get_on(ready)
         self._end = time.monotonic() + timeout
 
@@ -191,7 +189,7 @@ class _Patience:
         """Return for how many seconds to wait before it's asked again."""
         if self.is_over():
             seen, self._seen = self._seen, self._turn.get_on(self._ready)
-            if self._seen != seen or self._works():
+            if self._seen != seen or self._patient and self._turn.works:
                 self._end = time.monotonic() + self._timeout
         return self._end - time.monotonic()
 

@@ -4,6 +4,7 @@ Promise 3: inside a transaction, executions take turns.
 
 import asyncio
 import threading
+import time
 
 from asgiref.sync import async_to_sync, sync_to_async
 
@@ -116,6 +117,30 @@ class TurnTestsMixin:
                 )
         self.assertEqual(wire.most, 1)
         self.assertEqual(len(await names()), 10)
+
+    async def test_a_long_statement(self):
+        """It ends by itself, so that waiting for it isn't in vain."""
+        sharing.TURN_TIMEOUT = 0.1
+        running = threading.Event()
+
+        def slow(execute, *args):
+            running.set()
+            time.sleep(0.5)
+            return execute(*args)
+
+        def create_slowly():
+            with transaction.get_connection().execute_wrapper(slow):
+                create("slowly")
+
+        def create_meanwhile():
+            running.wait(10)
+            create("meanwhile")
+
+        async with transaction.aatomic():
+            await asyncio.gather(
+                asyncio.to_thread(create_slowly), asyncio.to_thread(create_meanwhile)
+            )
+        self.assertEqual(await names(), ["meanwhile", "slowly"])
 
     async def test_a_wait_that_cannot_end(self):
         """The nested block awaits a task that was started before it."""

@@ -86,6 +86,18 @@ class TurnTests(SimpleTestCase):
         self.assertIs(thread.taken, True)
         self.assertEqual(self.turn._holder, thread.ident)
 
+    def test_waiting_for_a_holder_that_works(self):
+        self.turn.take("a", always, 0)
+        self.turn.works = True
+        thread = Thread(self.turn, always, 0.05)
+        self.wait_for_requests(1)
+        thread.join(0.2)
+        self.assertIs(thread.is_alive(), True)
+        self.assertIs(self.turn.take("leaves", always, 0.05, patient=False), False)
+        self.turn.works = False
+        thread.join(10)
+        self.assertIs(thread.taken, False)
+
     def test_waiting_for_a_change(self):
         ready = False
         thread = Thread(self.turn, lambda: ready)

@@ -213,10 +213,6 @@ class WaitingConnection(psycopg.Connection):
             self.cancel_safe(timeout=CANCEL_TIMEOUT)
         self.pgconn.finish()
 
-    def is_running(self):
-        """Return whether the server runs a statement."""
-        return self.pgconn.transaction_status == TransactionStatus.ACTIVE
-
     def cancel_safe(self, *, timeout=30.0):
         if bridge.current() is None:
             super().cancel_safe(timeout=timeout)
