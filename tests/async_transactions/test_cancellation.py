@@ -52,9 +52,11 @@ class CancellationTests(AsyncTransactionTestCase):
     async def test_code_that_does_not_end(self):
         """Leaving doesn't wait for a function that's not in the database."""
 
+        left = threading.Event()
+
         def function():
             create("rolled back")
-            time.sleep(8)
+            left.wait(20)
 
         async def block():
             async with transaction.aatomic():
@@ -65,7 +67,7 @@ class CancellationTests(AsyncTransactionTestCase):
             await self.assertSoon(block())
         await self.assertAsyncNames()
         # Its thread ends after the function.
-        await asyncio.sleep(8)
+        left.set()
 
     async def test_swallowed(self):
         msg = "was cancelled inside the block that"

@@ -270,9 +270,10 @@ class ReleaseTests(AsyncTransactionTestCase):
     def test_exception_while_streaming(self):
         async def talk(communicator):
             await self.receive_start(communicator)
+            # receive_output() would wait for more, and tell only then.
+            await asyncio.wait([communicator.future], timeout=10)
             with self.assertRaises(Rollback):
-                while True:
-                    await communicator.receive_output(10)
+                await communicator.receive_output(10)
 
         self.run_request("fails_streaming", talk)
         self.assertStored("committed")
@@ -359,8 +360,10 @@ class ReleaseTests(AsyncTransactionTestCase):
             raise Rollback
 
         async def talk(communicator):
+            await communicator.send_input({"type": "http.request"})
+            await asyncio.wait([communicator.future], timeout=10)
             with self.assertRaises(Rollback):
-                await self.receive_all(communicator)
+                await communicator.receive_output(10)
 
         self.connect(request_started, use_and_fail)
         self.run_request("succeeds", talk)
