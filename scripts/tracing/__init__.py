@@ -1,0 +1,3 @@
+"""
+A database backend for PostgreSQL that records what is sent, for draw.py.
+"""
