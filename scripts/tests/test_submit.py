@@ -1,8 +1,9 @@
+import re
 import unittest
 from importlib.util import find_spec
 
 import verification
-from chain import Unusable
+from chain import ROOT, Chain, Unusable
 from fixture import ChainTestCase, header
 from test_run_prefixes import MODULES, RUNTESTS
 
@@ -40,6 +41,22 @@ class SubmitTests(ChainTestCase):
         self.repository.git("reset", "--hard", "--quiet", "pristine")
         self.assertSucceeds("export")
         self.assertFails(2, ["The series is empty"], "submit")
+
+
+class KitTests(unittest.TestCase):
+    """docs/submitting.md."""
+
+    def test_commits(self):
+        """Its table names the commits of the series, in their order."""
+        text = (ROOT / "docs" / "submitting.md").read_text()
+        rows = re.findall(r"^\|.*\| (\d+) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+        self.assertEqual(
+            [f"{ticket} -- {subject}" for _, ticket, subject in rows],
+            [patch.header.subject for patch in Chain.load(ROOT).patches],
+        )
+        self.assertEqual(
+            [int(number) for number, _, _ in rows], list(range(1, len(rows) + 1))
+        )
 
 
 class SelectTests(unittest.TestCase):
