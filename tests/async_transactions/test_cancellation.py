@@ -145,6 +145,32 @@ class CancellationTests(AsyncTransactionTestCase):
         self.assertIn("can't use the database 'default' any more", await refused)
         await self.assertAsyncNames()
 
+    async def test_abandoned_code_is_refused_in_an_open_block(self):
+        """Also if it has run nothing in there, so that the block goes on."""
+        abandoned = threading.Event()
+        loop = asyncio.get_running_loop()
+        outcome = loop.create_future()
+
+        def function():
+            abandoned.wait(10)
+            try:
+                found = str(create("refused"))
+            except TransactionManagementError as exc:
+                found = str(exc)
+            loop.call_soon_threadsafe(outcome.set_result, found)
+
+        async with transaction.aatomic():
+            with self.assertRaises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await sync_to_async(function)()
+            # asyncio tells the thread in a callback.
+            await asyncio.sleep(0)
+            abandoned.set()
+            found = await asyncio.wait_for(outcome, 10)
+            self.assertIn("because the task that called it was cancelled", found)
+            await Entry.objects.acreate(name="usable")
+        await self.assertAsyncNames("usable")
+
     async def test_cancelling_begins_after_the_turn_was_taken(self):
         """It ends with that turn, which doesn't wait for it."""
 

@@ -4,10 +4,11 @@ Promises 4 and 5: a block's end is the end, and who ends it doesn't matter.
 
 import asyncio
 import contextvars
+import threading
 
 from asgiref.sync import sync_to_async
 
-from django.db import OperationalError, connection, connections, transaction
+from django.db import OperationalError, connection, connections, sharing, transaction
 from django.db.transaction import TransactionManagementError
 
 from .base import (
@@ -162,6 +163,41 @@ class OutlivingTests(AsyncTransactionTestCase):
         with self.assertRaises((OperationalError, TransactionManagementError)):
             await thread
         await self.assertAsyncNames()
+
+    async def test_siblings_that_wait_for_their_turn(self):
+        """They arrived before, and yet don't delay the rollback."""
+        release = threading.Event()
+
+        def use():
+            # As each statement does it.
+            with sharing.taking_turn(transaction.get_connection()):
+                release.wait(10)
+
+        async def requested(turn, count):
+            async with asyncio.timeout(10):
+                while len(turn._requests) < count or not turn.depth:
+                    await asyncio.sleep(0.001)
+
+        async def release_later(turn):
+            # The rollback is the last one.
+            await requested(turn, 4)
+            release.set()
+
+        with self.assertRaises(Rollback):
+            async with transaction.aatomic():
+                turn = transaction.get_connection().turn
+                holder = asyncio.create_task(asyncio.to_thread(use))
+                await requested(turn, 0)
+                siblings = [
+                    asyncio.create_task(asyncio.to_thread(use)) for _ in range(3)
+                ]
+                await requested(turn, 3)
+                releaser = asyncio.create_task(release_later(turn))
+                raise Rollback
+        await asyncio.gather(holder, releaser)
+        for sibling in siblings:
+            with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+                await sibling
 
     async def test_a_captured_connection_is_refused(self):
         """It neither sends anything nor connects again."""
@@ -327,6 +363,32 @@ class WhoEndsItTests(AsyncTransactionTestCase):
         await asyncio.create_task(block.__aexit__(None, None, None))
         await Entry.objects.acreate(name="after")
         await self.assertAsyncNames("after")
+
+    async def test_never_left(self):
+        """
+        A later task isn't inside of it, although it has the id() of the task
+        that entered it. The block ends with its event loop.
+        """
+        if connection.vendor == "sqlite":
+            self.skipTest("A transaction keeps others from writing.")
+        opener = asyncio.create_task(transaction.aatomic().__aenter__())
+        await opener
+        number = id(opener)
+        del opener
+
+        async def foreign():
+            if id(asyncio.current_task()) != number:
+                return False
+            await self.write("foreign")
+            return True
+
+        for _ in range(1000):
+            if await asyncio.create_task(foreign()):
+                break
+        else:
+            self.skipTest("No other task got the id().")
+        async with transaction.aatomic():
+            self.assertEqual(await names(), ["foreign"])
 
     async def test_entered_and_left_in_contexts_of_their_own(self):
         """As frameworks do that set up tests in a task."""

@@ -93,6 +93,34 @@ class TurnTestsMixin:
         self.assertEqual(results[1], None)
         self.assertEqual(await names(), ["async", "insensitive", "to_thread"])
 
+    async def test_executemany_waits_for_a_siblings_block(self):
+        """It does so as execute(), with a cursor from before the block."""
+        opened = asyncio.Event()
+        inside = threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def insert():
+            with transaction.get_connection().cursor() as cursor:
+                loop.call_soon_threadsafe(opened.set)
+                inside.wait(10)
+                table = Entry._meta.db_table
+                sql = f"INSERT INTO {table} (name, count) VALUES (%s, 0)"
+                cursor.executemany(sql, [["a"], ["b"]])
+
+        async with transaction.aatomic():
+            task = asyncio.create_task(asyncio.to_thread(insert))
+            await until(opened)
+            turn = transaction.get_connection().turn
+            with self.assertRaises(Rollback):
+                async with transaction.aatomic():
+                    inside.set()
+                    async with asyncio.timeout(10):
+                        while not (turn._requests or task.done()):
+                            await asyncio.sleep(0.001)
+                    raise Rollback
+            await task
+        self.assertEqual(await names(), ["a", "b"])
+
     async def test_code_inside_the_nested_block_does_not_wait(self):
         async def deeper():
             async with transaction.aatomic():
