@@ -1,0 +1,250 @@
+"""
+What must hold after every round, whatever it did.
+
+A State is taken before and after a round. Both times nothing is in use, and
+all connections have been closed. So whatever there's more of was lost.
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from functools import partial
+
+from rounds.base import Violation
+
+# Seconds within which sessions, threads and descriptors must be gone: servers
+# notice the end of a connection a bit later.
+PATIENCE = 10
+
+# What a round may leave to Python's allocator, in MiB.
+MEMORY_LIMIT = 64
+
+# Classes whose objects are counted: of connections, also the drivers', of what
+# the fork adds, and of tasks. asgiref's threads keep loops, but closed ones.
+COUNTED = re.compile(
+    r"django\.db\.backends\..*\.(DatabaseWrapper|\w+Pool|\w+Connection)"
+    r"|django\.db\.(transaction|async_\w+|belonging|bridge|captures|closing|deserted|"
+    r"native|own_connections|scopes|sharing|threads|turns)\..*"
+    r"|psycopg.*\.(Connection|PGconn)|sqlite3.Connection|MySQLdb.*\.connection"
+    r"|_?asyncio\.(.*\.)?Task|greenlet\..*"
+)
+
+
+class Recorder:
+    """
+    Record what Python says about things that were forgotten: warnings,
+    exceptions that nobody handles, and asyncio's log.
+    """
+
+    def __init__(self):
+        self.messages = []
+
+    def start(self):
+        warnings.simplefilter("always", ResourceWarning)
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = self.showwarning
+        sys.unraisablehook = self.unraisablehook
+        threading.excepthook = self.excepthook
+        handler = logging.Handler(logging.ERROR)
+        handler.emit = self.emit
+        logging.getLogger("asyncio").addHandler(handler)
+
+    def showwarning(self, message, category, filename, lineno, *args):
+        if issubclass(category, (ResourceWarning, RuntimeWarning)):
+            self.messages.append(f"{filename}:{lineno}: {category.__name__}: {message}")
+
+    def unraisablehook(self, args):
+        self.add_exception(args.err_msg or "Exception ignored", args.exc_value)
+
+    def excepthook(self, args):
+        self.add_exception(f"Exception in {args.thread}", args.exc_value)
+
+    def emit(self, record):
+        exception = record.exc_info[1] if record.exc_info else None
+        self.add_exception(record.getMessage(), exception)
+
+    def add_exception(self, message, exception):
+        lines = traceback.format_exception(exception) if exception else []
+        self.messages.append("".join([message, "\n", *lines]))
+
+    def check(self, expected):
+        """Raise Violation, but for messages that regular expressions find."""
+        messages = [
+            message
+            for message in self.messages
+            if not any(re.search(regex, message) for regex in expected)
+        ]
+        if messages:
+            raise Violation(
+                f"{len(messages)} warnings and errors were not handled: "
+                + messages[0].splitlines()[0],
+                "\n".join(messages[:10]),
+            )
+
+
+class State:
+    """What the process holds."""
+
+    def __init__(self):
+        gc.collect()
+        self.threads = Counter(
+            # Those of a pool are numbered.
+            re.sub(r"\d+", "N", thread.name)
+            for thread in threading.enumerate()
+        )
+        self.descriptors = Counter(map(re_numbered, descriptors()))
+        classes = Counter(map(type, gc.get_objects()))
+        self.objects = Counter()
+        for cls, number in classes.items():
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            if COUNTED.fullmatch(name):
+                self.objects[name] += number
+
+    def more_than(self, before):
+        """Return what there's more of, as text."""
+        return [
+            f"{number} more {kind}: {name} ({getattr(before, kind)[name]} before)"
+            for kind in ("threads", "descriptors", "objects")
+            for name, number in (getattr(self, kind) - getattr(before, kind)).items()
+        ]
+
+
+def re_numbered(name):
+    """Leave out what distinguishes two descriptors of a kind."""
+    return re.sub(r"\[\d+\]|/\d+", "[N]", name)
+
+
+def descriptors():
+    """Return what the process has open."""
+    names = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            names.append(os.readlink(f"/proc/self/fd/{number}"))
+        except FileNotFoundError:
+            # It's the one of listdir().
+            pass
+    return names
+
+
+def memory():
+    """Return how much of the process is in memory, in MiB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def close_connections():
+    """Close what a process may keep open: connections and pools."""
+    from asgiref.sync import SyncToAsync, sync_to_async
+
+    from django.db import connections
+
+    def close():
+        connections.close_all()
+        for connection in connections.all(initialized_only=True):
+            if hasattr(connection, "close_pool"):
+                connection.close_pool()
+
+    close()
+    if SyncToAsync.single_thread_executor._threads:
+        asyncio.run(sync_to_async(connections.close_all)())
+
+
+def check(this, recorder, before, memory_before):
+    """Raise Violation if something was lost, or is still held."""
+    check_pools()
+    check_sessions(this)
+    eventually(
+        lambda: State().more_than(before), "The round has left more than there was"
+    )
+    grown = memory() - memory_before
+    if grown > MEMORY_LIMIT:
+        raise Violation(f"The process has grown by {grown:.0f} MiB.")
+    recorder.check(this.expected_messages)
+
+
+def eventually(find, message):
+    """Raise Violation if there's still something to be found at the end."""
+    deadline = time.monotonic() + PATIENCE
+    while found := find():
+        if time.monotonic() > deadline:
+            shown = "\n".join(map(str, found))
+            raise Violation(f"{message}: {found[0]}", shown)
+        time.sleep(0.1)
+
+
+def check_pools():
+    from django.db import connections
+
+    for connection in connections.all(initialized_only=True):
+        if not connection.settings_dict["OPTIONS"].get("pool"):
+            continue
+
+        def missing(pool=connection.pool):
+            stats = pool.get_stats()
+            lent = stats["pool_size"] - stats["pool_available"]
+            waiting = stats.get("requests_waiting", 0)
+            return [f"{lent} lent, {waiting} waiting"] if lent or waiting else []
+
+        eventually(missing, f"The pool of {connection.alias!r} isn't full")
+
+
+# The transactions and locks of other sessions, and those themselves.
+IN_TRANSACTION = {
+    "postgresql": """
+        SELECT pid, state, query FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid()
+        AND backend_type = 'client backend' AND state <> 'idle'""",
+    "mysql": """
+        SELECT trx_mysql_thread_id, trx_state, trx_query
+        FROM information_schema.innodb_trx
+        WHERE trx_mysql_thread_id <> connection_id()""",
+}
+
+LOCKS = {
+    "postgresql": """
+        SELECT pid, locktype, mode, granted FROM pg_locks
+        WHERE pid <> pg_backend_pid() AND database = (
+            SELECT oid FROM pg_database WHERE datname = current_database()
+        ) AND pid IN (
+            SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'
+        )""",
+}
+
+SESSIONS = {
+    "postgresql": """
+        SELECT pid, state, query FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid()
+        AND backend_type = 'client backend'""",
+    "mysql": """
+        SELECT id, command, state FROM information_schema.processlist
+        WHERE db = database() AND id <> connection_id()""",
+}
+
+
+def check_sessions(this):
+    """
+    Look for transactions and locks that nobody ends any more, and for sessions
+    that can't be closed.
+    """
+    with this.observer() as observer:
+        if observer.vendor == "sqlite3":
+            # It can't list them, but has one writer at a time.
+            observer.rows("BEGIN IMMEDIATE")
+            observer.rows("ROLLBACK")
+        for queries, message in (
+            (IN_TRANSACTION, "A session is in a transaction"),
+            (LOCKS, "A session has a lock"),
+        ):
+            if query := queries.get(observer.vendor):
+                eventually(partial(observer.rows, query), message)
+        close_connections()
+        if query := SESSIONS.get(observer.vendor):
+            eventually(partial(observer.rows, query), "A session wasn't closed")
