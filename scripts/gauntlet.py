@@ -55,9 +55,9 @@ MODES = {"postgres": ["thread", "native"], "sqlite": ["thread"], "mariadb": ["th
 # Seconds that a round may take, if there's time for it.
 SHORTEST, LONGEST = 5, 60
 
-# Seconds until a round is taken for hanging, after those it was given. It
-# prints its tasks earlier.
-MARGIN = 60
+# Seconds until a round is taken for hanging, after those it was given, which
+# it may exceed to find a smaller reproduction. It prints its tasks earlier.
+MARGIN = 120
 
 LINES_SHOWN = 100
 

@@ -192,6 +192,8 @@ class Observer:
 
     def __exit__(self, *exc_info):
         self.connection.close()
+        # It's closed, so it mustn't be found by what counts those that are not.
+        self.connection = None
 
 
 class Stalls:

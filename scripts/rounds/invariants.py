@@ -141,25 +141,28 @@ def memory():
 
 
 def close_connections():
-    """Close what a process may keep open: connections and pools."""
+    """Close what may be kept open: the connections of threads, and pools."""
     from asgiref.sync import SyncToAsync, sync_to_async
 
     from django.db import connections
 
     def close():
-        connections.close_all()
         for connection in connections.all(initialized_only=True):
-            if hasattr(connection, "close_pool"):
-                connection.close_pool()
+            connection.close()
+            # Django keeps the last one, and all that its traceback refers to.
+            connection.rollback_exc = None
 
     close()
     if SyncToAsync.single_thread_executor._threads:
-        asyncio.run(sync_to_async(connections.close_all)())
+        asyncio.run(sync_to_async(close)())
+    check_pools()
+    for connection in connections.all(initialized_only=True):
+        if hasattr(connection, "close_pool"):
+            connection.close_pool()
 
 
 def check(this, recorder, before, memory_before):
     """Raise Violation if something was lost, or is still held."""
-    check_pools()
     check_sessions(this)
     eventually(
         lambda: State().more_than(before), "The round has left more than there was"
@@ -170,17 +173,22 @@ def check(this, recorder, before, memory_before):
     recorder.check(this.expected_messages)
 
 
+def remaining(find, patience=PATIENCE):
+    """Return what's still to be found after some time."""
+    deadline = time.monotonic() + patience
+    while (found := find()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
 def eventually(find, message):
     """Raise Violation if there's still something to be found at the end."""
-    deadline = time.monotonic() + PATIENCE
-    while found := find():
-        if time.monotonic() > deadline:
-            shown = "\n".join(map(str, found))
-            raise Violation(f"{message}: {found[0]}", shown)
-        time.sleep(0.1)
+    if found := remaining(find):
+        raise Violation(f"{message}: {found[0]}", "\n".join(map(str, found)))
 
 
 def check_pools():
+    """Look for connections that weren't returned."""
     from django.db import connections
 
     for connection in connections.all(initialized_only=True):

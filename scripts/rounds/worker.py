@@ -81,6 +81,18 @@ def show_tasks():
     sys.stdout.flush()
 
 
+def give_up(message, reproduction):
+    """End the process. May be called by any thread."""
+    show_tasks()
+    show_result({}, {"message": message, "reproduction": reproduction})
+    os._exit(0)
+
+
+def show_result(counts, violation):
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps({"counts": counts, "violation": violation}), flush=True)
+
+
 def run_round(this, recorder):
     """Return what the round counted, or raise Violation."""
     from rounds import invariants
@@ -121,7 +133,7 @@ def main(arguments):
     settings.configure(**this.settings(database))
     django.setup()
     # gauntlet.py waits a bit longer.
-    timer = threading.Timer(options.seconds + 30, show_tasks)
+    timer = threading.Timer(options.seconds + 100, show_tasks)
     timer.daemon = True
     timer.start()
     counts, violation = {}, None
@@ -136,8 +148,7 @@ def main(arguments):
         }
     finally:
         timer.cancel()
-    with contextlib.suppress(BrokenPipeError):
-        print(json.dumps({"counts": counts, "violation": violation}), flush=True)
+    show_result(counts, violation)
     return 0
 
 
