@@ -192,7 +192,7 @@ class Observer:
 
     def __exit__(self, *exc_info):
         self.connection.close()
-        # It's closed, so it mustn't be found by what counts those that are not.
+        # Or else it would be counted with Django's.
         self.connection = None
 
 

@@ -18,6 +18,7 @@ Siblings: these may have seen what a committed one has written, all of it.
 
 import asyncio
 import contextlib
+import contextvars
 import faulthandler
 import functools
 import threading
@@ -146,8 +147,12 @@ class Tasks(Step):
 
 @dataclass(frozen=True)
 class Siblings(Step):
-    """Tasks that don't wait for each other, with a block each."""
+    """
+    Tasks that don't wait for each other, with a block each. As receivers of
+    asend() do, they may share one context.
+    """
 
+    shares_context: bool
     steps: list
 
 
@@ -337,9 +342,18 @@ def step_at(draw, place):
         bodies = st.builds(Body, steps_at(place.inner()))
         return Tasks(how, draw(st.lists(bodies, min_size=1, max_size=3)))
     if kind == "siblings":
+        shares_context = draw(st.booleans())
+        # asyncio.to_thread() doesn't know whose block is in a shared context.
+        hows = ["insensitive"] if shares_context else ["insensitive", "to_thread"]
         statements = st.one_of(
             st.builds(Read, st.just("orm")),
             st.builds(Write, st.sampled_from(["orm", "raw"])),
+        )
+        crossings = st.builds(
+            Cross,
+            st.sampled_from(hows),
+            st.just(False),
+            st.lists(statements, min_size=1, max_size=2),
         )
         blocks = st.builds(
             Block,
@@ -347,9 +361,11 @@ def step_at(draw, place):
             durable=st.just(False),
             decorator=st.booleans(),
             fails=st.booleans(),
-            steps=st.lists(statements, min_size=1, max_size=LENGTH),
+            steps=st.lists(
+                st.one_of(statements, crossings), min_size=1, max_size=LENGTH
+            ),
         )
-        return Siblings(draw(st.lists(blocks, min_size=2, max_size=3)))
+        return Siblings(shares_context, draw(st.lists(blocks, min_size=2, max_size=3)))
     if kind == "foreign":
         how = draw(st.sampled_from(["task", "thread"]))
         inner = place.elsewhere(
@@ -535,28 +551,32 @@ class Model:
     def siblings(self, step, path, session, refused):
         base = self.committed if session is None or refused else session.read()
         base = frozenset(base)
-        written = [
-            frozenset(
-                show_path((*path, number, position))
-                for position, inner in enumerate(block.steps)
-                if isinstance(inner, Write)
-            )
+        paths = [
+            list(walk(block.steps, (*path, number)))
             for number, block in enumerate(step.steps)
         ]
+        written = [
+            frozenset(
+                show_path(path) for path, step in inner if isinstance(step, Write)
+            )
+            for inner in paths
+        ]
         self.run(step.steps, path, session, refused)
-        for number, block in enumerate(step.steps):
+        for number, inner in enumerate(paths):
             others = [
                 names
                 for other, names in enumerate(written)
                 if other != number and not step.steps[other].fails
             ]
             own = set()
-            for position, inner in enumerate(block.steps):
-                path_of_inner = (*path, number, position)
-                if isinstance(inner, Write):
-                    own.add(show_path(path_of_inner))
-                elif self.outcomes[path_of_inner] != REFUSED:
-                    self.outcomes[path_of_inner] = AnyOf(base | own, others)
+            for path_of_statement, statement in inner:
+                if isinstance(statement, Write):
+                    own.add(show_path(path_of_statement))
+                elif (
+                    isinstance(statement, Read)
+                    and self.outcomes[path_of_statement] != REFUSED
+                ):
+                    self.outcomes[path_of_statement] = AnyOf(base | own, others)
 
 
 # ##### What they do #####
@@ -835,9 +855,11 @@ class Program:
                 await task
 
     async def asiblings(self, step, path):
+        context = contextvars.copy_context() if step.shares_context else None
         async with asyncio.TaskGroup() as group:
             for number, block in enumerate(step.steps):
-                group.create_task(self.ablock(block, (*path, number)))
+                coroutine = self.ablock(block, (*path, number))
+                group.create_task(coroutine, context=context)
 
     async def aforeign(self, step, path):
         if step.how == "thread":

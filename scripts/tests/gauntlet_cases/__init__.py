@@ -1,0 +1,1 @@
+"""Rounds that test gauntlet.py."""
