@@ -21,6 +21,7 @@ import contextlib
 import contextvars
 import faulthandler
 import functools
+import logging
 import threading
 import time
 import traceback
@@ -260,7 +261,7 @@ class Place:
             kinds += ["write", "duplicate", "set_rollback", "on_commit"]
         if not self.depth:
             return kinds
-        kinds += ["cross", "new_connection"]
+        kinds += ["cross", "cross", "new_connection"]
         if not self.read_only:
             # They are what it's about.
             kinds += ["block"] * 3 + ["savepoint"]
@@ -966,6 +967,8 @@ class Programs(Round):
             database["OPTIONS"]["options"] = f"-c lock_timeout={PROGRAM_TIMEOUT // 2}s"
             self.pool = self.random.random() < 0.5
             if self.pool:
+                # It reports connections that come back closed.
+                logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
                 database["OPTIONS"]["pool"] = {"min_size": 1, "max_size": 20}
         return settings
 
