@@ -90,7 +90,7 @@ def progress(message):
 
 
 class WorkerError(Exception):
-    """A contender failed. The message is its traceback, or what was wrong."""
+    """A contender failed. The traceback is in the log."""
 
 
 class Worker:
@@ -146,7 +146,7 @@ class Worker:
             raise WorkerError(f"Its process has ended: {self._process.wait()}.")
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerError(answer["error"].strip())
+            raise WorkerError(answer["error"])
         return answer["result"]
 
     def _count_threads(self):
@@ -291,8 +291,7 @@ class Benchmark:
 
     def fail(self, title, operation, error):
         self.failed = True
-        self.leave_out(f"{title}: {operation.title}", str(error).splitlines()[-1])
-        print(f"{error}", file=sys.stderr)
+        self.leave_out(f"{title}: {operation.title}", f"It failed: {error}")
 
     def write(self):
         """Write what was found into files."""

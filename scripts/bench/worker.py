@@ -249,18 +249,26 @@ def can(contender, operation):
 COMMANDS = {function.__name__: function for function in (verify, measure, call, can)}
 
 
+def failure(error):
+    """Return an exception in one line. The rest is for the log."""
+    traceback.print_exception(error)
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return traceback.format_exception_only(error)[0].splitlines()[0]
+
+
 def main(module, url, options):
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
     def reply(**answer):
-        replies.write(json.dumps(answer, default=str) + "\n")
+        replies.write(json.dumps(answer) + "\n")
 
     try:
         module = importlib.import_module(f"contenders.{module}")
         contender = module.Contender(url, **json.loads(options))
-    except Exception:
-        reply(error=traceback.format_exc())
+    except Exception as error:
+        reply(error=failure(error))
         return
     reply(result=None)
     for line in sys.stdin:
@@ -268,8 +276,8 @@ def main(module, url, options):
         command = COMMANDS[request.pop("command")]
         try:
             reply(result=command(contender, **request))
-        except Exception:
-            reply(error=traceback.format_exc())
+        except Exception as error:
+            reply(error=failure(error))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Django's signals closes it. So that's done after each call, or 10 tasks would
 be all that a pool of 10 can serve.
 """
 
+import asyncio
 from functools import wraps
 
 from operations import BULK_SIZE, LIST_SIZE, SLEEP
@@ -39,6 +40,15 @@ class Contender:
         self.models = django_models.models(AsyncManager)
 
     async def open(self, pool_size):
+        # In a task of its own: those of the measurement would inherit its
+        # connection, and be refused.
+        await asyncio.create_task(self._open(pool_size))
+
+    async def close(self):
+        await asyncio.create_task(self._close())
+
+    @staticmethod
+    async def _open(pool_size):
         from django_async_backend.db import async_connections
 
         connection = async_connections["default"]
@@ -46,7 +56,8 @@ class Contender:
         pool["min_size"] = pool["max_size"] = pool_size
         await connection.pool.open(wait=True)
 
-    async def close(self):
+    @staticmethod
+    async def _close():
         from django_async_backend.db import async_connections
 
         await async_connections["default"].close_pool()

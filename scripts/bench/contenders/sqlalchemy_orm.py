@@ -154,7 +154,8 @@ class Contender:
     async def stream(self):
         count = total = 0
         items = select(Item).execution_options(yield_per=2000)
-        async with self.reading() as session:
+        # Its cursors end with the transaction.
+        async with self.writing() as session:
             async for item in await session.stream_scalars(items):
                 count += 1
                 total += item.id
