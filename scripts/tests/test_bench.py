@@ -1,0 +1,260 @@
+import contextlib
+import io
+import pathlib
+import sys
+import tempfile
+import unittest
+
+import chain
+
+BENCH = chain.ROOT / "scripts" / "bench"
+sys.path.append(str(BENCH))
+
+import environments  # noqa: E402
+import operations  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+import worker  # noqa: E402
+from contenders import address, contenders  # noqa: E402
+
+
+def measurement(contender, number, rate, operation="get", tasks=50):
+    return {
+        "operation": operation,
+        "tasks": tasks,
+        "round": number,
+        "contender": contender,
+        "rate": rate,
+        "p50": 0.001,
+        "p99": 0.0025,
+        "cpu": 0.0005,
+        "memory": 50 * 2**20,
+        "threads": 3,
+    }
+
+
+def results(*measurements):
+    return {
+        "about": {
+            "rounds": 3,
+            "seconds": 1,
+            "cpus": 2,
+            "machine": "x86_64",
+            "load": "0.1 0.1 0.1",
+            "python": "3.13.0",
+            "postgresql": "18.6",
+        },
+        "titles": {"native": "fork", "stock-async": "stock", "stock-sync": "sync"},
+        "versions": {"native": "Django 6.1.3"},
+        "left_out": [["Someone", "It can't be installed."]],
+        "measurements": list(measurements),
+    }
+
+
+class ReportTests(unittest.TestCase):
+    def test_spread(self):
+        self.assertEqual(report.spread([3, 1, 2]), "2 (1–3)")
+        self.assertEqual(report.spread([1234.5], 1), "1,234.5 (1,234.5–1,234.5)")
+        self.assertEqual(report.spread([0.001, 0.003], 1, 1000), "2.0 (1.0–3.0)")
+        self.assertEqual(report.spread([]), "-")
+
+    def test_ratios_are_those_of_a_round(self):
+        # The machine was three times as slow in the second one.
+        found = report.figures(
+            [
+                measurement("native", 0, 300),
+                measurement("stock-async", 0, 100),
+                measurement("native", 1, 100),
+                measurement("stock-async", 1, 50),
+                measurement("native", 2, 500),
+            ],
+            "rate",
+        )
+        by_contender = found["get", 50]
+        self.assertEqual(
+            report.ratios(by_contender, "native", "stock-async"), [3.0, 2.0]
+        )
+        self.assertEqual(report.ratios(by_contender, "native", "raw"), [])
+
+    def test_page(self):
+        lines = list(
+            report.page(
+                results(
+                    measurement("native", 0, 600),
+                    measurement("stock-async", 0, 100),
+                    measurement("native", 1, 1200),
+                    measurement("stock-async", 1, 300),
+                )
+            )
+        )
+        self.assertIn("- Someone: It can't be installed.", lines)
+        self.assertIn("### Get by key, 50 tasks", lines)
+        self.assertIn(
+            "| fork | 900 (600–1,200) | 1.00 (1.00–1.00) | 2.50 (2.50–2.50) "
+            "| 0.500 (0.500–0.500) | 50 (50–50) | 3 (3–3) | 5.00 (4.00–6.00) |",
+            lines,
+        )
+
+    def goals(self, rate):
+        measured = results(
+            measurement("native", 0, rate), measurement("stock-async", 0, 100)
+        )
+        return list(report.goals(measured))[2:]
+
+    def test_goals(self):
+        for rate, verdict in ((499, "below"), (500, "reached"), (800, "aim")):
+            with self.subTest(rate=rate):
+                (line,) = self.goals(rate)
+                self.assertTrue(line.endswith(f"| 5.00 | 8.00 | {verdict} |"), line)
+
+    def test_operations_of_the_goals(self):
+        known = contenders("")
+        for goal in report.GOALS:
+            self.assertIn(goal.against, known)
+            self.assertIn(goal.tasks, operations.OPERATIONS[goal.operation].tasks)
+
+
+class OperationTests(unittest.TestCase):
+    def test_arguments(self):
+        for operation in operations.OPERATIONS.values():
+            with self.subTest(operation=operation.name):
+                calls = [operation.arguments(number) for number in range(1000)]
+                if operation.keys is None:
+                    self.assertEqual(set(calls), {()})
+                    continue
+                keys = [key for (key,) in calls]
+                self.assertGreaterEqual(min(keys), 1)
+                self.assertLessEqual(max(keys), operation.keys)
+                # Tasks that run at once don't wait for each other's rows.
+                self.assertGreater(len(set(keys[:50])), 45)
+
+    def test_contenders_have_modules(self):
+        for contender in contenders("").values():
+            path = BENCH / "contenders" / f"{contender.module}.py"
+            self.assertIs(path.exists(), True, path)
+
+
+class WorkerTests(unittest.TestCase):
+    """With a contender that needs no database."""
+
+    class Contender:
+        threads = 2
+
+        def open(self):
+            self.is_open = True
+
+        close = open
+
+        def get(self, key):
+            if key == self.fails:
+                raise ValueError("No such row.\nReally.")
+
+        fails = None
+
+    class AsyncContender:
+        async def open(self, pool_size):
+            self.pool_size = pool_size
+
+        async def close(self):
+            self.pool_size = None
+
+        async def get(self, key):
+            pass
+
+    def setUp(self):
+        warm_up = worker.WARM_UP
+        self.addCleanup(setattr, worker, "WARM_UP", warm_up)
+        worker.WARM_UP = 0.01
+
+    def test_measure(self):
+        for contender in (self.Contender(), self.AsyncContender()):
+            with self.subTest(contender=contender):
+                measured = worker.measure(contender, "get", 5, 0.05)
+                self.assertGreater(measured["count"], 5)
+                self.assertLessEqual(measured["p50"], measured["p99"])
+                self.assertAlmostEqual(
+                    measured["rate"], measured["count"] / measured["elapsed"]
+                )
+                self.assertGreater(measured["memory"], 2**20)
+
+    def test_failure(self):
+        contender = self.Contender()
+        contender.fails = 1
+        with self.assertRaises(ValueError) as caught:
+            worker.measure(contender, "get", 5, 0.05)
+        stderr = io.StringIO()
+        with contextlib.redirect_stderr(stderr):
+            group = ExceptionGroup("several", [caught.exception])
+            self.assertEqual(worker.failure(group), "ValueError: No such row.")
+        self.assertIn("Really.", stderr.getvalue())
+
+
+class VerifyTests(unittest.TestCase):
+    """Nobody measures a contender that does nothing."""
+
+    class Process:
+        def __init__(self, **answers):
+            self.answers = answers
+
+        def ask(self, command, method=None, **arguments):
+            return self.answers[method or command].pop(0)
+
+    def verify(self, operation, done, written=([0, 0, 0], [0, 0, 0])):
+        benchmark = run.Benchmark(None)
+        benchmark.observer = self.Process(
+            written=list(written), verify=[{"read": [1, "item 1"], "elapsed": 1}]
+        )
+        worker = self.Process(verify=[done])
+        benchmark.verify(worker, operations.OPERATIONS[operation])
+
+    def test_read(self):
+        done = {"read": [1, "item 1"], "elapsed": 0.001}
+        self.verify("get", done)
+        with self.assertRaisesRegex(run.WorkerError, r"It has read None\."):
+            self.verify("get", {**done, "read": None})
+
+    def test_written(self):
+        done = {"read": [1, "item 1"], "elapsed": 0.001}
+        self.verify("transaction", done, ([5, 0, 7], [6, 0, 8]))
+        with self.assertRaisesRegex(run.WorkerError, r"It has written \[1, 0, 0\]\."):
+            self.verify("transaction", done, ([5, 0, 7], [6, 0, 7]))
+        with self.assertRaisesRegex(run.WorkerError, r"It has written \[0, 0, 1\]\."):
+            self.verify("get", done, ([0, 0, 0], [0, 0, 1]))
+
+    def test_too_fast(self):
+        done = {"read": [1, "item 1"], "elapsed": 0.09}
+        with self.assertRaisesRegex(run.WorkerError, r"It took only 0\.0900 s\."):
+            self.verify("sleep", done)
+
+
+class EnvironmentTests(unittest.TestCase):
+    def test_named_by_its_contents(self):
+        name = environments.name_of("environment", "a", "b")
+        self.assertEqual(name, environments.name_of("environment", "a", "b"))
+        self.assertNotEqual(name, environments.name_of("environment", "a", "c"))
+
+    def test_incomplete(self):
+        """What can't be installed isn't there next time."""
+        with tempfile.TemporaryDirectory() as name:
+            cache = pathlib.Path(name)
+            with self.assertRaisesRegex(environments.NotInstalled, "nonexistent"):
+                environments.environment(
+                    cache, ["--no-index", "nonexistent"], log=lambda line: None
+                )
+            self.assertEqual(list(cache.iterdir()), [])
+
+    def test_address(self):
+        self.assertEqual(
+            address.parameters("postgresql://me:p%40ss@/db?host=/tmp/x&port=5432"),
+            {
+                "user": "me",
+                "password": "p@ss",
+                "dbname": "db",
+                "host": "/tmp/x",
+                "port": "5432",
+            },
+        )
+
+
+if __name__ == "__main__":
+    unittest.main()
