@@ -37,6 +37,8 @@ class Operation:
     once: bool = False
     # The shortest time that it can take, in seconds.
     at_least: float = 0
+    # What psycopg does instead, if it's a view that wrk asks for.
+    view_of: str | None = None
 
     def arguments(self, number):
         """Return the arguments of one call: calls differ, and runs don't."""
@@ -87,6 +89,20 @@ OPERATIONS = {
             pool=50,
             once=True,
             at_least=SLEEP,
+        ),
+        Operation(
+            "http",
+            "Get by key in a view under uvicorn, by wrk",
+            (50,),
+            ITEMS,
+            view_of="get",
+        ),
+        Operation(
+            "http_atomic",
+            "The same view with ATOMIC_REQUESTS",
+            (50,),
+            ITEMS,
+            view_of="get",
         ),
     ]
 }

@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 
+import http_load as http
 from operations import OPERATIONS, VERIFIED_KEY
 
 # Seconds. By then, caches are filled, and statements are prepared.
@@ -30,6 +31,9 @@ def verify(contender, operation):
     operation = OPERATIONS[operation]
     args = () if operation.keys is None else (min(VERIFIED_KEY, operation.keys),)
     method = getattr(contender, operation.name)
+    if operation.view_of is not None:
+        result, elapsed = asyncio.run(http.verify(contender, operation, *args))
+        return {"read": result, "elapsed": elapsed}
     if hasattr(contender, "threads"):
         contender.open()
         try:
@@ -81,27 +85,29 @@ def _titles(rows):
 def measure(contender, operation, tasks, seconds):
     """Do an operation as often as possible. Return what that took."""
     operation = OPERATIONS[operation]
-    method = getattr(contender, operation.name)
+    meter = Meter(operation)
     gc.collect()
+    if operation.view_of is not None:
+        rates = asyncio.run(http.measure(contender, operation, tasks, seconds, meter))
+        return meter.result(rates)
+    method = getattr(contender, operation.name)
     if hasattr(contender, "threads"):
-        meter = _measure_in_threads(contender, method, operation, tasks, seconds)
+        _measure_in_threads(contender, method, meter, tasks, seconds)
     else:
-        meter = asyncio.run(
-            _measure_in_tasks(contender, method, operation, tasks, seconds)
-        )
-    return meter.result()
+        asyncio.run(_measure_in_tasks(contender, method, meter, tasks, seconds))
+    return meter.result(meter.rates())
 
 
 class Meter:
     """The time that calls take, and what the process uses meanwhile."""
 
     def __init__(self, operation):
-        self._operation = operation
+        self.operation = operation
         self._numbers = itertools.count()
         self.times = []
 
     def arguments(self):
-        return self._operation.arguments(next(self._numbers))
+        return self.operation.arguments(next(self._numbers))
 
     def start(self):
         # What the process has needed before isn't of this measurement.
@@ -117,7 +123,10 @@ class Meter:
     def stop(self):
         self._cpu = time.process_time() - self._cpu
 
-    def result(self):
+    def result(self, rates):
+        return {**rates, "cpu": self._cpu / rates["count"], "memory": peak_memory()}
+
+    def rates(self):
         times = sorted(self.times)
         count = len(times)
         elapsed = self._end - self._start
@@ -127,13 +136,11 @@ class Meter:
             "rate": count / elapsed,
             "p50": times[count // 2],
             "p99": times[min(count - 1, count * 99 // 100)],
-            "cpu": self._cpu / count,
-            "memory": peak_memory(),
         }
 
 
-async def _measure_in_tasks(contender, method, operation, tasks, seconds):
-    meter = Meter(operation)
+async def _measure_in_tasks(contender, method, meter, tasks, seconds):
+    operation = meter.operation
     await contender.open(operation.pool)
 
     async def once():
@@ -164,13 +171,12 @@ async def _measure_in_tasks(contender, method, operation, tasks, seconds):
         meter.stop()
     finally:
         await contender.close()
-    return meter
 
 
-def _measure_in_threads(contender, method, operation, tasks, seconds):
+def _measure_in_threads(contender, method, meter, tasks, seconds):
+    operation = meter.operation
     threads = operation.pool if operation.once else contender.threads
     count = min(tasks, threads)
-    meter = Meter(operation)
     failures = []
     until = 0
     ready, go = threading.Barrier(count + 1), threading.Barrier(count + 1)
@@ -220,7 +226,6 @@ def _measure_in_threads(contender, method, operation, tasks, seconds):
     if failures:
         raise failures[0]
     meter.stop()
-    return meter
 
 
 def reset_peak_memory():
@@ -243,7 +248,7 @@ def call(contender, method, arguments=()):
 
 
 def can(contender, operation):
-    return hasattr(contender, operation)
+    return getattr(contender, operation, None) is not None
 
 
 COMMANDS = {function.__name__: function for function in (verify, measure, call, can)}

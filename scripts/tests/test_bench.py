@@ -11,6 +11,7 @@ BENCH = chain.ROOT / "scripts" / "bench"
 sys.path.append(str(BENCH))
 
 import environments  # noqa: E402
+import http_load  # noqa: E402
 import operations  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -187,6 +188,37 @@ class WorkerTests(unittest.TestCase):
             group = ExceptionGroup("several", [caught.exception])
             self.assertEqual(worker.failure(group), "ValueError: No such row.")
         self.assertIn("Really.", stderr.getvalue())
+
+
+class WrkTests(unittest.TestCase):
+    output = """\
+Running 1s test @ http://127.0.0.1:8000/http/1
+  1 threads and 50 connections
+  Thread Stats   Avg      Stdev     Max   +/- Stdev
+    Latency   531.49ms  143.03ms 893.30ms   71.15%
+    Req/Sec    95.50     36.70   191.00     72.73%
+  Latency Distribution
+     50%  549.86ms
+     75%  614.72ms
+     90%  689.17ms
+     99%    1.25s
+  104 requests in 1.04s, 25.49KB read
+Requests/sec:    100.00
+Transfer/sec:     24.51KB
+"""
+
+    def test_parse(self):
+        found = http_load.parse(self.output)
+        self.assertEqual(found["count"], 104)
+        self.assertAlmostEqual(found["rate"], 100)
+        self.assertAlmostEqual(found["p50"], 0.54986)
+        self.assertAlmostEqual(found["p99"], 1.25)
+
+    def test_failure(self):
+        failed = "  Non-2xx or 3xx responses: 3\n"
+        for output in (self.output + failed, ""):
+            with self.assertRaisesRegex(http_load.HttpError, "wrk found no server"):
+                http_load.parse(output)
 
 
 class VerifyTests(unittest.TestCase):

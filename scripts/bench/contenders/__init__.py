@@ -14,6 +14,7 @@ open(pool_size), close()
 from dataclasses import dataclass, field
 
 DRIVER = "psycopg[binary,pool]"
+SERVER = ("uvicorn", "httptools")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Contender:
 
 def contenders(stock):
     """Return all of them, by name. `stock` is stock Django's requirement."""
-    fork = (stock, DRIVER, "asgiref>=3.13.0", "greenlet>=3.1")
-    django = (stock, DRIVER)
+    django = (stock, DRIVER, *SERVER)
+    fork = (*django, "asgiref>=3.13.0", "greenlet>=3.1")
     everybody = [
         Contender(
             "native",

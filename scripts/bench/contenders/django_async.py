@@ -50,6 +50,8 @@ class Contender:
         self.request = None
         if mode == "stock":
             self.request = stock_request
+            # It refuses asynchronous views there.
+            self.http_atomic = None
         elif mode == "thread":
             from django.db.life_cycle import request_scope
 
@@ -72,6 +74,16 @@ class Contender:
         from django.db import connection
 
         await sync_to_async(connection.close_pool)()
+
+    def http(self):
+        """Return an ASGI application with a view at /http/KEY."""
+        from .django_http import application
+
+        return application(self.models.Item)
+
+    def http_atomic(self):
+        """Return one with a view that's a transaction at /http_atomic/KEY."""
+        return self.http()
 
     @in_request
     async def get(self, key):

@@ -23,6 +23,8 @@ def configure(url, engine="django.db.backends.postgresql", apps=(), **database):
             }
         },
         INSTALLED_APPS=list(apps),
+        ALLOWED_HOSTS=["127.0.0.1"],
+        ROOT_URLCONF="contenders.django_http",
         USE_TZ=True,
     )
     django.setup()
