@@ -82,6 +82,10 @@ SHOWN_PACKAGES = {
     "tortoise-orm",
 }
 
+BUSY_HINT = (
+    "The load average was {} at the beginning. Who has more threads gets more of the "
+    "CPUs then, so only the CPU per operation means anything."
+)
 WRK_HINT = "Not run, as there is no wrk. On Debian and Ubuntu, install the package wrk."
 
 started = time.monotonic()
@@ -217,6 +221,8 @@ class Benchmark:
             self.observer.ask("call", method="prepare")
             stack.callback(self.observer.ask, "call", method="clean_up")
             load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+            if os.getloadavg()[0] > os.cpu_count() / 2:
+                self.leave_out("A quiet machine", BUSY_HINT.format(load))
             self.results["about"] = {
                 "rounds": self.options.rounds,
                 "seconds": self.options.seconds,
@@ -232,6 +238,8 @@ class Benchmark:
                     self.leave_out(operation.title, WRK_HINT)
                 else:
                     self.compare(operation)
+                    # If it's interrupted, these aren't lost.
+                    self.write_measurements()
 
     def compare(self, operation):
         """Measure an operation with all contenders that can do it."""
@@ -302,12 +310,17 @@ class Benchmark:
         self.failed = True
         self.leave_out(f"{title}: {operation.title}", f"It failed: {error}")
 
+    def write_measurements(self):
+        """Write what was found so far, and return the file."""
+        self.options.output.mkdir(parents=True, exist_ok=True)
+        results = self.options.output / "results.json"
+        results.write_text(json.dumps(self.results, indent=1) + "\n")
+        return results
+
     def write(self):
         """Write what was found into files."""
         output = self.options.output
-        output.mkdir(parents=True, exist_ok=True)
-        results = output / "results.json"
-        results.write_text(json.dumps(self.results, indent=1) + "\n")
+        results = self.write_measurements()
         (output / "results.md").write_text("\n".join(report.page(self.results)) + "\n")
         try:
             python = environments.environment(
