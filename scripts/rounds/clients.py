@@ -78,9 +78,7 @@ class Client:
         ]
 
     async def act(self):
-        action = self.random.choice(self.actions())
-        self.round.counts[action.__name__] += 1
-        await action()
+        await self.random.choice(self.actions())()
 
     # ##### Requests #####
 

@@ -81,13 +81,15 @@ def state():
         re.sub(r"\d+", "N", thread.name)
         for thread in threading.enumerate()
         # Those are the event loop's, which starts some more when it likes.
-        if not thread.name.startswith("asyncio_")
+        if not thread.name.startswith(("asyncio_", "uvloop_"))
     )
     lent = {}
     for alias in connections:
         if connections.settings[alias]["OPTIONS"].get("pool"):
             stats = connections[alias].pool.get_stats()
             lent[alias] = stats["pool_size"] - stats["pool_available"]
+            # A pool grows when it's used.
+            descriptors["socket:[N]"] -= stats["pool_size"]
     return {
         "active": len(usage.active),
         "jobs": len(jobs.tasks),
