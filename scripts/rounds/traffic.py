@@ -40,9 +40,10 @@ START_TIMEOUT = 30
 STOP_TIMEOUT = 15
 PATIENCE = 10
 
-# The connections that a request of the project needs to a database: one for
-# its transactions, one for the rest.
-MOST_OPENED = 2
+# The connections that a request of the project may have to a database, without
+# a pool: one for its transactions, one for the rest. In native mode, the latter
+# is one for tasks and one for synchronous code in threads.
+MOST_OPENED = {"thread": 2, "native": 3}
 
 # Lines of the server's log which tell that something is wrong.
 FINDINGS = re.compile(
@@ -109,10 +110,10 @@ class Traffic(Round):
     @property
     def pool_size(self):
         """
-        Return the size with which pools are full, but requests that wait for a
-        second connection while they hold one never hold all of them.
+        Return a size that isn't enough for all clients, but which requests that
+        wait for their last connection don't exhaust.
         """
-        return self.clients_number * (MOST_OPENED - 1) + 3
+        return self.clients_number * (MOST_OPENED[self.mode] - 1) + 3
 
     def make_databases(self, default):
         default = {"ASYNC_NATIVE": False, **default, "CONN_MAX_AGE": 0}
@@ -366,7 +367,7 @@ class Traffic(Round):
                 state["stack"].splitlines(),
             )
         for path, number in state["most_opened"].items():
-            if not self.options["pool"] and number > MOST_OPENED:
+            if not self.options["pool"] and number > MOST_OPENED[self.mode]:
                 raise self.violation(
                     f"A request of {path} has opened {number} connections to a "
                     "database.",
