@@ -209,8 +209,8 @@ class Client:
 
     # ##### What goes on #####
 
-    async def start_job(self):
-        kind, name = self.random.choice(JOBS), self.new_name()
+    async def start_job(self, kind=None):
+        kind, name = kind or self.random.choice(JOBS), self.new_name()
         params = {"kind": kind}
         fails = kind == "on_commit" and self.random.random() < 0.5
         if fails:

@@ -30,7 +30,7 @@ from importlib.util import find_spec
 
 import httpx
 from rounds.base import Observer, Round, Violation
-from rounds.clients import ITEMS, PRODUCTS, STOCK, TIMEOUT, USERS, Client
+from rounds.clients import ITEMS, JOBS, PRODUCTS, STOCK, TIMEOUT, USERS, Client
 
 LOOPS = ["asyncio", "uvloop"] if find_spec("uvloop") else ["asyncio"]
 
@@ -41,8 +41,8 @@ STOP_TIMEOUT = 15
 PATIENCE = 10
 
 # The connections that a request of the project may have to a database, without
-# a pool: one for its transactions, one for the rest. In native mode, the latter
-# is one for tasks and one for synchronous code in threads.
+# a pool: one for its transactions, one for the rest. In native mode, that's
+# one for tasks and one for synchronous code in threads.
 MOST_OPENED = {"thread": 2, "native": 3}
 
 # Lines of the server's log which tell that something is wrong.
@@ -110,8 +110,8 @@ class Traffic(Round):
     @property
     def pool_size(self):
         """
-        Return a size that isn't enough for all clients, but which requests that
-        wait for their last connection don't exhaust.
+        Return a size that isn't enough for all clients, but which requests
+        that wait for their last connection don't exhaust.
         """
         return self.clients_number * (MOST_OPENED[self.mode] - 1) + 3
 
@@ -228,6 +228,8 @@ class Traffic(Round):
     async def warm_up_client(self, client):
         for action in client.actions():
             await action()
+        for kind in JOBS:
+            await client.start_job(kind)
 
     def run(self):
         deadline = self.deadline()
