@@ -519,10 +519,7 @@ class Money(Round):
 
     def run_waves(self, seconds):
         deadline = time.monotonic() + seconds
-        with self.observer() as observer:
-            self.run_async(
-                self.serve(lambda server: self.waves(server, deadline, observer))
-            )
+        self.run_async(self.serve(lambda server: self.waves(server, deadline)))
 
     def check(self):
         with self.observer() as observer:
@@ -550,11 +547,11 @@ class Money(Round):
             server.should_exit = True
             await task
 
-    async def waves(self, server, deadline, observer):
+    async def waves(self, server, deadline):
         self.slots = asyncio.Semaphore(CONCURRENT[self.database])
         while True:
             await self.wave(server)
-            await asyncio.to_thread(self.bank.audit, observer)
+            await asyncio.to_thread(self.check)
             self.bank.counts["waves"] += 1
             if time.monotonic() > deadline:
                 return
