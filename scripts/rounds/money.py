@@ -224,12 +224,16 @@ class Bank:
             except Failure:
                 return None
             else:
-                return attempt.key
+                return attempt.key if attempt.is_expected() else None
         return None
 
     async def aatomic(self, attempt):
+        plan = attempt.plan
         with self.noting(attempt):
-            async with transaction.aatomic(using=attempt.plan.alias):
+            if plan.alias in connections.native_aliases:
+                # In a thread, it would keep a connection of the pool.
+                await self.account(plan, plan.source).aexists()
+            async with transaction.aatomic(using=plan.alias):
                 with self.inside(attempt):
                     await self.move(attempt)
 
@@ -275,11 +279,14 @@ class Bank:
         await sync_to_async(self.in_thread)(attempt)
 
     def in_thread(self, attempt):
+        connection = connections[attempt.plan.alias]
         try:
             self.atomic(attempt)
         finally:
-            # Django keeps the exception, and that what it refers to.
-            connections[attempt.plan.alias].rollback_exc = None
+            # The pool wants it back.
+            connection.close()
+            # Django keeps the exception, and what that refers to.
+            connection.rollback_exc = None
 
     async def bridge(self, attempt):
         if attempt.plan.alias in connections.native_aliases:
@@ -288,15 +295,10 @@ class Bank:
             await run_sync(self.in_thread, attempt)
 
     def atomic(self, attempt):
-        alias = attempt.plan.alias
-        try:
-            with self.noting(attempt):
-                with transaction.atomic(using=alias):
-                    with self.inside(attempt):
-                        self.move_in_sync(attempt)
-        finally:
-            # The pool wants it back.
-            connections[alias].close()
+        with self.noting(attempt):
+            with transaction.atomic(using=attempt.plan.alias):
+                with self.inside(attempt):
+                    self.move_in_sync(attempt)
 
     @contextlib.contextmanager
     def noting(self, attempt):
