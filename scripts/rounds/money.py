@@ -35,6 +35,9 @@ MAX_ATTEMPTS = 5
 WAVE = {"postgres": 200, "mariadb": 80, "sqlite": 30}
 CONCURRENT = {"postgres": 24, "mariadb": 16, "sqlite": 4}
 
+# Transfers before the round.
+WARM_UP = 30
+
 POOL = {"min_size": 2, "max_size": 8, "timeout": 30}
 
 # Seconds after which a wave hangs.
@@ -507,6 +510,7 @@ class Money(Round):
         self.bank = Bank(self.database)
         self.bank.open()
         self.plans = {}
+        self.wave_size = WARM_UP
 
     def warm_up(self):
         super().warm_up()
@@ -516,6 +520,7 @@ class Money(Round):
         self.bank.counts.clear()
 
     def run(self):
+        self.wave_size = WAVE[self.database]
         self.run_waves(self.seconds)
         return dict(sorted(self.bank.counts.items()))
 
@@ -562,7 +567,7 @@ class Money(Round):
         port = port_of(server)
         transfers = [
             asyncio.create_task(self.one(port, self.plan(), self.interruption()))
-            for _ in range(WAVE[self.database])
+            for _ in range(self.wave_size)
         ]
         done, pending = await asyncio.wait(transfers, timeout=WAVE_TIMEOUT)
         if pending:
