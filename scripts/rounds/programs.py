@@ -344,8 +344,8 @@ def step_at(draw, place):
         return Tasks(how, draw(st.lists(bodies, min_size=1, max_size=3)))
     if kind == "siblings":
         shares_context = draw(st.booleans())
-        # asyncio.to_thread() doesn't know whose block is in a shared context.
-        hows = ["insensitive"] if shares_context else ["insensitive", "to_thread"]
+        # The others don't know whose block is in a shared context.
+        hows = ["sensitive"] if shares_context else ["insensitive", "to_thread"]
         statements = st.one_of(
             st.builds(Read, st.just("orm")),
             st.builds(Write, st.sampled_from(["orm", "raw"])),

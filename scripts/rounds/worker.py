@@ -106,8 +106,8 @@ def run_round(this, recorder):
     counts = this.run()
     this.check()
     invariants.check(this, recorder, before, memory)
-    if this.stall:
-        counts["longest stall, ms"] = round(1000 * this.stall)
+    if stall := round(1000 * this.stall):
+        counts["longest stall, ms"] = stall
     return counts
 
 
