@@ -31,7 +31,7 @@ from asgiref.sync import AsyncToSync
 from django.db import belonging, connections, deserted, scopes, sharing, threads
 from django.db.abandoned import cancel_statement
 from django.db.async_calls import is_asynchronous
-from django.db.utils import DEFAULT_DB_ALIAS, Error
+from django.db.utils import DEFAULT_DB_ALIAS, Error, OperationalError
 from django.utils.connection import ConnectionDoesNotExist
 
 logger = logging.getLogger("django.db.backends.base")
@@ -400,9 +400,18 @@ class _Transaction(_Entry):
         # It refers to the context, and that to the scope.
         self.installed = None
 
-    def _exit_atomic(self, *exc_info):
+    def _exit_atomic(self, exc_type, *exc_info):
+        connection = self.block.connection
+        rolls_back = connection.needs_rollback and not connection.closed_in_transaction
         try:
-            super()._exit_atomic(*exc_info)
+            super()._exit_atomic(exc_type, *exc_info)
+            if exc_type is None and rolls_back and connection.connection is None:
+                # A nested block couldn't be rolled back, of which atomic()
+                # doesn't tell.
+                raise OperationalError(
+                    f"{self.block} was rolled back, because the connection was lost "
+                    "inside of it."
+                )
         finally:
             self._dispose()
 
@@ -546,6 +555,8 @@ def make_connection(alias):
         connection.get_new_connection = partial(_get_pooled, ref)
     connection.cursors = weakref.WeakSet()
     connection.create_cursor = partial(_create_cursor, ref)
+    connection._commit = partial(_commit, ref)
+    connection.set_autocommit = partial(_set_autocommit, ref)
     sharing.share(connection)
     connection._thread_ident = None
     return connection
@@ -564,6 +575,8 @@ def _successor(connection):
 def move_session(source, target):
     _copy(SESSION_ATTRIBUTES, source, target)
     source.connection = None
+    # As connect() does. It's said of the session that the target had before.
+    target.closed_in_transaction = False
 
 
 def _copy(names, source, target):
@@ -578,6 +591,37 @@ def _create_cursor(ref, *args, **kwargs):
     cursor = type(connection).create_cursor(connection, *args, **kwargs)
     connection.cursors.add(cursor)
     return cursor
+
+
+def _commit(ref):
+    """Let the error say so if nobody can tell whether it was done."""
+    connection = ref()
+    was_closed = getattr(connection.connection, "closed", False)
+    try:
+        type(connection)._commit(connection)
+    except Error as exc:
+        if was_closed or connection.is_usable():
+            raise
+        raise OperationalError(
+            "The connection was lost during the COMMIT, so it's unknown whether the "
+            f"transaction was committed. {exc}"
+        ) from exc.__cause__
+
+
+def _set_autocommit(ref, autocommit, *args, **kwargs):
+    """
+    Don't connect again, as atomic() does after an error that closed the
+    connection: its failure would hide that error. The next use connects.
+    """
+    connection = ref()
+    if (
+        autocommit
+        and connection.connection is None
+        and connection.settings_dict["AUTOCOMMIT"]
+    ):
+        connection.autocommit = True
+    else:
+        type(connection).set_autocommit(connection, autocommit, *args, **kwargs)
 
 
 def close_cursors(connection):

@@ -280,6 +280,15 @@ def _was_in_threads(connection):
     return True
 
 
+def _forget_error(connection):
+    """
+    Don't keep the task for as long as its wrapper, which would be forever: the
+    traceback of the error for which a block was rolled back refers to it.
+    """
+    if not connection.in_atomic_block:
+        connection.rollback_exc = None
+
+
 def has_open_cursors(connection):
     """Return whether a server-side cursor is open."""
     return any(
@@ -378,6 +387,7 @@ class _ScopeLease(_Lease):
             if self._lease.users:
                 return
             self._lease.rest()
+            _forget_error(self.connection)
             if not self._scope.is_open or _was_in_threads(self.connection):
                 self._lease.close()
 
@@ -555,6 +565,8 @@ class _PoolLease(_Lease):
     def end(self):
         connection = self.connection
         connection.lease_count -= 1
+        if not connection.lease_count:
+            _forget_error(connection)
         if (
             not connection.lease_count
             and connection.connection is not None

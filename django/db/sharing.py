@@ -379,7 +379,12 @@ def _closing_server_side(connection, cursor):
 
         gone = cursor.closed or (block is not None and block.ended)
         if not gone and _may_wait(connection):
-            with suppress(Error), taking_turn(connection, leaving=True, block=block):
+            # Nobody else would return the connection to its pool.
+            with (
+                bridge.shielded(),
+                suppress(Error),
+                taking_turn(connection, leaving=True, block=block),
+            ):
                 cursor.close()
                 if connection.is_native:
                     from django.db import native
@@ -565,7 +570,8 @@ def _enter_after_the_end(atomic, block):
         belonging.inherited.set(outlived)
         raise
     # So that it's refused again afterwards.
-    belonging.current().outer = outlived
+    entered = belonging.current()
+    entered.outer, entered.parent = outlived, block
 
 
 def _push(connection, atomic, block):
@@ -613,21 +619,27 @@ def closes_block(get_connection):
                     _pop(connection)
                 return
             hooks_due = []
-            with taking_turn(connection, leaving=True):
-                _abandon_nested(connection, block, exit)
-                # Functions given to on_commit() may need other threads, which
-                # need the turn. So they're called after it was given back.
-                connection.run_and_clear_commit_hooks = lambda: hooks_due.append(True)
-                try:
-                    exit(self, connection, exc_type, exc_value, traceback)
-                finally:
-                    del connection.run_and_clear_commit_hooks
-                    _pop(connection)
-            if hooks_due and block is not None and block.strict:
-                # By aatomic(), in the task that leaves the block.
-                block.hooks_due = True
-            elif hooks_due:
-                connection.run_and_clear_commit_hooks()
+            try:
+                # In the bridge, a cancellation comes after it.
+                with taking_turn(connection, leaving=True), bridge.shielded():
+                    _abandon_nested(connection, block, exit)
+                    # Functions given to on_commit() may need other threads,
+                    # which need the turn. So they're called after it was given
+                    # back.
+                    connection.run_and_clear_commit_hooks = lambda: hooks_due.append(
+                        True
+                    )
+                    try:
+                        exit(self, connection, exc_type, exc_value, traceback)
+                    finally:
+                        del connection.run_and_clear_commit_hooks
+                        _pop(connection)
+            finally:
+                if hooks_due and block is not None and block.strict:
+                    # By aatomic(), in the task that leaves the block.
+                    block.hooks_due = True
+                elif hooks_due:
+                    connection.run_and_clear_commit_hooks()
 
         return __exit__
 

@@ -14,10 +14,7 @@ from contextlib import contextmanager
 
 from asgiref.sync import async_to_sync
 
-from django.contrib.sites.models import Site
-from django.db import bridge, connections
-from django.test import TransactionTestCase
-from django.test.utils import isolate_apps
+from django.db import bridge
 
 from .test_bridge import BridgeTestCase, fail, greenlet, uvloop, wait
 
@@ -306,35 +303,3 @@ class BridgeDebugTests(DebugMixin, BridgeTestCase):
             "print('django.db.bridge_debug' in sys.modules)\n"
         )
         self.assertEqual(output, "1\nFalse")
-
-
-class NativeTests(DebugMixin, BridgeTestCase, TransactionTestCase):
-    available_apps = ["django.contrib.sites"]
-
-    @isolate_apps("async_bridge")
-    def test_save(self):
-        """A helper of a model's save() is named."""
-        if "default" not in connections.native_aliases:
-            self.skipTest("ASYNC_NATIVE is required.")
-
-        def slugify(site):
-            self.blocker.block()
-
-        class Shop(Site):
-            class Meta:
-                app_label = "async_bridge"
-                proxy = True
-
-            def save(self, *args, **kwargs):
-                slugify(self)
-                super().save(*args, **kwargs)
-
-        async def main():
-            shop = await Shop.objects.acreate(domain="shop.example.com", name="Shop")
-            return await Shop.objects.aget(pk=shop.pk)
-
-        with self.assertWarnings(
-            f"{position(Shop.save, 1)}    slugify(self)\n{position(slugify, 1)}"
-        ):
-            shop = self.run_on_loop(main(), debug=True)
-        self.assertEqual(shop.name, "Shop")

@@ -12,7 +12,14 @@ from unittest import mock
 from asgiref.sync import sync_to_async
 
 from django.contrib.sites.models import Site
-from django.db import DatabaseError, connection, connections, run_sync, transaction
+from django.db import (
+    DatabaseError,
+    connection,
+    connections,
+    deserted,
+    run_sync,
+    transaction,
+)
 from django.test import TransactionTestCase
 
 from .test_waiting import WaitingTestCase, parameters
@@ -164,7 +171,16 @@ class OperationTests(TransactionTestCase):
         Site.objects.create(domain="a", name="a")
 
     def run_on_loop(self, coroutine):
-        return asyncio.run(asyncio.wait_for(coroutine, 60))
+        async def main():
+            # The thread that looks after loops with open blocks ends if it
+            # finds none, and is started with the next one.
+            deserted.watch.add(self, asyncio.get_running_loop(), lambda: None)
+            try:
+                await asyncio.wait_for(coroutine, 60)
+            finally:
+                deserted.watch.discard(self)
+
+        asyncio.run(main())
 
     async def get(self):
         await Site.objects.aget(domain="a")

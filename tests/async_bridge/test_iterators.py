@@ -19,6 +19,7 @@ from django.db.models import Case, Func, IntegerField, TextField, Value, When
 from django.db.transaction import TransactionManagementError
 from django.test import TransactionTestCase
 
+from .cancelling import cancel_everywhere
 from .models import Author, Book
 
 NUMBER = 25
@@ -230,8 +231,20 @@ class EndingsMixin:
         self.assertIn("division by zero", str(cm.exception))
 
 
+class CancelledEverywhereMixin:
+    @unittest.skipUnless(is_native, "A thread goes on with its query.")
+    async def test_cancelled_everywhere(self):
+        async def iterate():
+            async with aclosing(self.authors.aiterator(10)) as authors:
+                async for _ in authors:
+                    await asyncio.sleep(0)
+
+        async for _ in cancel_everywhere(self, iterate):
+            await self.assertCursors(0)
+
+
 @unittest.skipUnless(connection.vendor == "postgresql", "Needs server-side cursors.")
-class EndingTests(EndingsMixin, IteratorTestCase):
+class EndingTests(CancelledEverywhereMixin, EndingsMixin, IteratorTestCase):
     """Outside of blocks."""
 
     @unittest.skipUnless(is_native, "A thread may wait.")
@@ -458,7 +471,9 @@ class PooledResultTests(PoolMixin, ResultTests):
 
 
 @unittest.skipUnless(is_native, "Threads keep their connection.")
-class PooledEndingTests(PoolMixin, EndingsMixin, IteratorTestCase):
+class PooledEndingTests(
+    PoolMixin, CancelledEverywhereMixin, EndingsMixin, IteratorTestCase
+):
     """An iterator holds its connection, and returns it at once at its end."""
 
     async def assertCursors(self, expected):

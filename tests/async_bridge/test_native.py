@@ -5,11 +5,14 @@ Promises 11, 14 and 17: native mode uses no thread, and every refusal is clear.
 import threading
 import unittest
 
+from django.contrib.sites.models import Site
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import bridge, connection, connections, run_sync
 from django.test import TransactionTestCase
+from django.test.utils import isolate_apps
 
 from .test_bridge import BridgeTestCase, greenlet
+from .test_bridge_debug import DebugMixin, position
 
 
 class RefusalTests(BridgeTestCase):
@@ -46,3 +49,35 @@ class RunSyncTests(TransactionTestCase):
         self.assertEqual(result, (1,))
         is_native = "default" in connections.native_aliases
         self.assertIs(ident == threading.get_ident(), is_native)
+
+
+class DebugTests(DebugMixin, BridgeTestCase, TransactionTestCase):
+    available_apps = ["django.contrib.sites"]
+
+    @isolate_apps("async_bridge")
+    def test_save(self):
+        """A helper of a model's save() is named."""
+        if "default" not in connections.native_aliases:
+            self.skipTest("ASYNC_NATIVE is required.")
+
+        def slugify(site):
+            self.blocker.block()
+
+        class Shop(Site):
+            class Meta:
+                app_label = "async_bridge"
+                proxy = True
+
+            def save(self, *args, **kwargs):
+                slugify(self)
+                super().save(*args, **kwargs)
+
+        async def main():
+            shop = await Shop.objects.acreate(domain="shop.example.com", name="Shop")
+            return await Shop.objects.aget(pk=shop.pk)
+
+        with self.assertWarnings(
+            f"{position(Shop.save, 1)}    slugify(self)\n{position(slugify, 1)}"
+        ):
+            shop = self.run_on_loop(main(), debug=True)
+        self.assertEqual(shop.name, "Shop")

@@ -5,12 +5,24 @@ and blocks neither the event loop nor its executor.
 """
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from asgiref.sync import async_to_sync
 
 from django.contrib.auth.models import Group
-from django.db import OperationalError, connection, connections, run_sync, transaction
+from django.db import (
+    IntegrityError,
+    OperationalError,
+    connection,
+    connections,
+    run_sync,
+    transaction,
+)
 from django.db.backends.signals import connection_created
 
 from .base import NativePoolTestCase
@@ -68,6 +80,27 @@ class PoolTestCase(NativePoolTestCase):
 
 class HoldingTests(PoolTestCase):
     """A connection is held only while something needs it."""
+
+    def test_a_task_is_not_held_by_its_failure(self):
+        """The traceback of a failed query may refer to the task."""
+
+        async def create_twice():
+            await Group.objects.acreate(name="a")
+            with suppress(IntegrityError):
+                await Group.objects.acreate(name="a")
+
+        @transaction.atomic
+        def create():
+            async_to_sync(create_twice)()
+
+        async def main():
+            task = asyncio.create_task(run_sync(create))
+            await task
+            return weakref.ref(task)
+
+        task = asyncio.run(main())
+        gc.collect()
+        self.assertIsNone(task())
 
     def test_operation(self):
         async def main():

@@ -3,16 +3,20 @@ Promises 2, 3, 7, 8 and 11 in native mode: what was once found to break them.
 """
 
 import asyncio
+import gc
 import logging
 import threading
 import time
 import unittest
+import weakref
+from contextlib import suppress
 from functools import partial
 from unittest import mock
 
 from asgiref.sync import async_to_sync, sync_to_async
 
 from django.db import (
+    DataError,
     connection,
     connections,
     new_connection,
@@ -276,6 +280,123 @@ class ClosedLoopMixin:
             event.clear()
             self.close_loop(partial(run_sync, slow), event.is_set)
             self.check()
+
+
+class FailedBlockMixin:
+    def test_nothing_refers_to_the_task(self):
+        """
+        The exception for which atomic() rolls back refers to the task, which
+        mustn't be kept for as long as a connection.
+        """
+
+        def fail():
+            with transaction.atomic():
+                Author.objects.create(name="lost")
+                # It's marked for rollback.
+                Author.objects.create(name="x" * 101)
+
+        async def main():
+            tasks = []
+            for _ in range(2):
+                task = asyncio.create_task(run_sync(fail))
+                tasks.append(weakref.ref(task))
+                # Unlike assertRaises(), it leaves the traceback as it is.
+                with suppress(DataError):
+                    await task
+                del task
+            await asyncio.sleep(0)
+            gc.collect()
+            return [task() for task in tasks]
+
+        self.assertEqual(asyncio.run(main()), [None, None])
+
+
+class ClosedInBlockTests(NativeTestCase):
+    def test_session_of_another_block(self):
+        """
+        A block that has closed its connection isn't committed. The next one
+        is, also with a session that was opened by another one in between.
+        """
+
+        def close():
+            with transaction.atomic():
+                Author.objects.create(name="lost")
+                connection.close()
+
+        def create():
+            with transaction.atomic():
+                Author.objects.create(name="kept")
+
+        async def main():
+            await run_sync(close)
+            async with transaction.aatomic():
+                await Author.objects.acreate(name="kept, too")
+            await run_sync(create)
+
+        asyncio.run(main())
+        self.assertCountEqual(
+            Author.objects.values_list("name", flat=True), ["kept", "kept, too"]
+        )
+
+
+class CancelledAtTheEndMixin:
+    """
+    Promises 6 and 7: atomic() in the bridge is left completely, also if that's
+    when the task is cancelled.
+    """
+
+    def cancel(self, error=None):
+        """Return the calls of on_commit()."""
+
+        def block():
+            with transaction.atomic():
+                Author.objects.create(name="cancelled")
+                transaction.on_commit(lambda: self.called.append("cancelled"))
+                # When it waits for the COMMIT or ROLLBACK.
+                asyncio.get_running_loop().call_soon(asyncio.current_task().cancel)
+                if error is not None:
+                    raise error
+
+        def commit():
+            with transaction.atomic():
+                Author.objects.create(name="next")
+
+        async def main():
+            with self.assertRaises(asyncio.CancelledError):
+                await run_sync(block)
+            called = self.called.copy()
+            await run_sync(commit)
+            return called
+
+        self.called = []
+        called = asyncio.run(main())
+        # Nothing is left for the next block.
+        self.assertEqual(self.called, called)
+        return called
+
+    def test_commit(self):
+        self.assertEqual(self.cancel(), ["cancelled"])
+        self.assertEqual(Author.objects.count(), 2)
+
+    def test_rollback(self):
+        self.assertEqual(self.cancel(ValueError()), [])
+        self.assertEqual(Author.objects.count(), 1)
+
+
+class CancelledAtTheEndTests(CancelledAtTheEndMixin, NativeTestCase):
+    pass
+
+
+class PooledCancelledAtTheEndTests(CancelledAtTheEndMixin, PoolTestCase):
+    pass
+
+
+class FailedBlockTests(FailedBlockMixin, NativeTestCase):
+    pass
+
+
+class PooledFailedBlockTests(FailedBlockMixin, PoolTestCase):
+    pass
 
 
 class ClosedLoopTests(ClosedLoopMixin, NativeTestCase):

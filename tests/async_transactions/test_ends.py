@@ -8,7 +8,14 @@ import threading
 
 from asgiref.sync import sync_to_async
 
-from django.db import OperationalError, connection, connections, sharing, transaction
+from django.db import (
+    OperationalError,
+    connection,
+    connections,
+    run_sync,
+    sharing,
+    transaction,
+)
 from django.db.transaction import TransactionManagementError
 
 from .base import (
@@ -98,6 +105,19 @@ class OutlivingTests(AsyncTransactionTestCase):
             connections.close_all()
 
         await self.outlive(lambda: asyncio.to_thread(use))
+        await self.assertAsyncNames("own block")
+
+    async def test_run_sync_with_a_block_of_its_own(self):
+        def use():
+            with transaction.atomic():
+                create("own block")
+
+        async def use_twice():
+            await run_sync(use)
+            with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+                await Entry.objects.acreate(name="late")
+
+        await self.outlive(use_twice)
         await self.assertAsyncNames("own block")
 
     async def test_outliving_a_nested_block(self):

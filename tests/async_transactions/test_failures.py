@@ -7,6 +7,7 @@ import asyncio
 import contextvars
 import gc
 import threading
+from contextlib import suppress
 
 from asgiref.sync import sync_to_async
 
@@ -17,6 +18,7 @@ from django.db import (
     threads,
     transaction,
 )
+from django.db.backends.signals import connection_created
 from django.db.transaction import TransactionManagementError
 
 from . import server
@@ -76,6 +78,39 @@ class KillingMixin:
         self.assertEqual(called, [])
         await self.assertUsable()
 
+    async def test_session_ended_in_commit(self):
+        """
+        The error says that the outcome is unknown. It isn't hidden by that of
+        another connection, which nobody needs then.
+        """
+
+        def refuse(**kwargs):
+            raise AssertionError("It connects again.")
+
+        self.addCleanup(connection_created.disconnect, refuse)
+        msg = "it's unknown whether the transaction was committed. "
+        msg += server.SESSION_ENDED[connection.vendor]
+        with self.assertRaisesMessage(OperationalError, msg) as cm:
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="lost")
+                await self.end_session()
+                connection_created.connect(refuse)
+        self.assertIsInstance(cm.exception.__cause__, connection.Database.Error)
+        connection_created.disconnect(refuse)
+        await self.assertUsable()
+
+    async def test_session_ended_before_a_commit_that_is_not_sent(self):
+        """Nothing is unknown then."""
+        with self.assertRaises(OperationalError) as cm:
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="lost")
+                await self.end_session()
+                with self.assertRaisesEnded():
+                    await sync_to_async(server.session_id)()
+        if connection.vendor == "postgresql":
+            self.assertNotIn("unknown", str(cm.exception))
+        await self.assertUsable()
+
     async def test_session_ended_in_a_nested_block(self):
         with self.assertRaisesEnded():
             async with transaction.aatomic():
@@ -83,6 +118,18 @@ class KillingMixin:
                 async with transaction.aatomic():
                     await self.end_session()
                     await Entry.objects.acreate(name="lost, too")
+        await self.assertUsable()
+
+    async def test_session_ended_before_a_nested_rollback(self):
+        """The block around it doesn't lose its work in silence."""
+        msg = "was rolled back, because the connection was lost inside of it."
+        with self.assertRaisesMessage(OperationalError, msg):
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="lost")
+                with suppress(ValueError):
+                    async with transaction.aatomic():
+                        await self.end_session()
+                        raise ValueError
         await self.assertUsable()
 
     async def test_session_ended_while_siblings_use_it(self):
