@@ -28,6 +28,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from functools import partial
 
 import materialise
 from chain import Chain, ChainError, Unusable, run_script
@@ -98,14 +99,18 @@ def has_same_content(page, other):
     return other.exists() and page.read_bytes() == other.read_bytes()
 
 
-def check_html(tree, pristine, directory):
+def pristine_warnings(pristine, directory):
+    step("Building pristine Django's documentation")
+    return run_sphinx("html", pristine / "docs", directory / "pristine")
+
+
+def check_html(tree, directory, known):
     step("Building the fork's documentation")
     warnings = run_sphinx("html", tree / "docs", directory / "fork")
     if not warnings:
         return []
-    step(f"{len(warnings)} warnings; building pristine Django's documentation")
-    known = run_sphinx("html", pristine / "docs", directory / "pristine")
-    return new_warnings(warnings, known)
+    print(f"  {len(warnings)} warnings", flush=True)
+    return new_warnings(warnings, known())
 
 
 def check_command(tree, *command):
@@ -130,12 +135,16 @@ def can_spell():
     return enchant.dict_exists("en_US")
 
 
-def check(tree, pristine, directory):
-    """Return what is wrong."""
+def check(tree, pristine, directory, known=None):
+    """
+    Return what is wrong. `known` returns the warnings that pristine Django's
+    documentation has.
+    """
+    known = known or partial(pristine_warnings, pristine, directory)
     pages = changed_pages(tree, pristine)
     if not pages:
         raise Unusable(f"{tree}: the fork changes no page.")
-    problems = check_html(tree, pristine, directory)
+    problems = check_html(tree, directory, known)
     step("Checking the markup")
     problems += check_command(tree, "lint.py")
     step(f"Checking the code in {len(pages)} pages")
