@@ -85,7 +85,7 @@ class Block:
 
     `parent` is the block around it, for any alias. A `strict` block has an end
     that nothing started inside goes beyond. `task` is the task that opened it,
-    if it's asynchronous.
+    if it's asynchronous, and `loop` is the one that runs that.
     """
 
     # The number of savepoint ids on the connection inside of it.
@@ -121,6 +121,7 @@ class Block:
         self.parent = parent
         self.strict = strict
         self.task = task and weakref.ref(task)
+        self.loop = task and weakref.ref(task.get_loop())
         # The storage that the context held before.
         self.outer = inherited.get(None)
         if strict:
@@ -239,6 +240,8 @@ def _is_back(block):
     here = _thread.get_ident()
     return (
         block.task is not None
+        # In a thread that was started inside, it brings back what was there.
+        and ((loop := block.loop()) is None or loop.is_closed())
         and inherited.get().thread_id == here
         and getattr(working, "task_name", None) is None
         and asyncio._get_running_loop() is None

@@ -416,8 +416,13 @@ def is_available():
     executor = next(_current_executors())
     if isinstance(executor, CurrentThreadExecutor):
         threads = [executor._work_thread]
+    elif isinstance(executor, ThreadPoolExecutor):
+        # While submit() holds the lock, it has started a thread which isn't
+        # among the others yet, and may already be running the loop.
+        with executor._shutdown_lock:
+            threads = list(executor._threads)
     else:
-        threads = getattr(executor, "_threads", ())
+        threads = ()
     return not any(belonging.runs_loop(thread.ident) for thread in threads)
 
 

@@ -6,9 +6,11 @@ code and the block have.
 import asyncio
 import contextvars
 import itertools
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
-from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
 
 from django.db import connections, new_connection, threads, transaction
 
@@ -240,7 +242,7 @@ class OccupiedThreadTests(AsyncTransactionTestCase):
         async def main():
             # Or what follows would wait for itself.
             executor = next(threads.thread_sensitive_executors())
-            self.assertNotIn(threading.current_thread(), executor._threads)
+            self.assertIsNot(executor, SyncToAsync.single_thread_executor)
             await func()
 
         async def outer():
@@ -260,6 +262,24 @@ class OccupiedThreadTests(AsyncTransactionTestCase):
 
         self.run_in_that_thread(work)
         self.assertEqual(called, [True])
+        self.assertNames("a")
+
+    def test_first_function(self):
+        """The executor notes its thread after it has started that."""
+
+        class Threads(set):
+            def add(self, thread):
+                time.sleep(0.2)
+                super().add(thread)
+
+        async def work():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="a")
+
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            executor._threads = Threads()
+            with mock.patch.object(SyncToAsync, "single_thread_executor", executor):
+                self.run_in_that_thread(work)
         self.assertNames("a")
 
     def test_nested_blocks(self):

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import threading
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 
 from django.db import (
     OperationalError,
@@ -119,6 +119,17 @@ class OutlivingTests(AsyncTransactionTestCase):
 
         await self.outlive(use_twice)
         await self.assertAsyncNames("own block")
+
+    async def test_a_loop_of_its_own(self):
+        """What async_to_sync() brings back to a thread is what was there."""
+
+        def use():
+            async_to_sync(asyncio.sleep)(0)
+            with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+                create_and_close("late")
+
+        await self.outlive(lambda: asyncio.to_thread(use))
+        await self.assertAsyncNames()
 
     async def test_outliving_a_nested_block(self):
         over = asyncio.Event()
