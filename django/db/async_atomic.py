@@ -409,8 +409,9 @@ class _Transaction(_Entry):
                 # A nested block couldn't be rolled back, of which atomic()
                 # doesn't tell.
                 raise OperationalError(
-                    f"{self.block} was rolled back, because the connection was lost "
-                    "inside of it."
+                    f"The block that {self.block} opened on the database "
+                    f"'{self.block.alias}' was rolled back, because the connection "
+                    "was lost inside of it."
                 )
         finally:
             self._dispose()

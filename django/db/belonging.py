@@ -529,7 +529,7 @@ def foreign(connection):
 
 
 def waited_in_vain(connection, timeout, block=None):
-    """Tell of a wait for a nested block, or in `block` for another execution."""
+    """Tell of a wait for a nested block, or for others inside `block`."""
     top = connection.blocks[-1] if connection.blocks else None
     if top is block:
         top = None

@@ -156,7 +156,10 @@ class VerifyTests(ChainTestCase):
 
     def test_unusable(self):
         for args, message in (
-            (["--verify", "--only", "3"], "There is no patch 3."),
+            (
+                ["--verify", "--checks", "applies", "--only", "3"],
+                "There is no patch 3.",
+            ),
             (["--verify", "--checks", "applies,luck"], "luck: no such check."),
             (["--only", "1"], "--checks and --database require --verify."),
         ):

@@ -122,7 +122,10 @@ class KillingMixin:
 
     async def test_session_ended_before_a_nested_rollback(self):
         """The block around it doesn't lose its work in silence."""
-        msg = "was rolled back, because the connection was lost inside of it."
+        msg = (
+            "opened on the database 'default' was rolled back, because the connection "
+            "was lost inside of it."
+        )
         with self.assertRaisesMessage(OperationalError, msg):
             async with transaction.aatomic():
                 await Entry.objects.acreate(name="lost")
