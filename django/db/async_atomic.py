@@ -446,6 +446,9 @@ class _Transaction(_Entry):
             close_cursors(connection)
             if not _is_keepable(connection):
                 _close(connection)
+        if connection.closed_in_transaction:
+            # The block couldn't be left, for which close() keeps the session.
+            connection.connection = None
         if self.native:
             if not self.native.give_session(self.scope, connection):
                 _close(connection)

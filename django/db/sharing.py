@@ -328,6 +328,7 @@ def execute_in_turn(execute, sql, params, many, context):
         finally:
             if turn is not None:
                 turn.works = False
+                turn.finished += 1
         if "close" not in vars(cursor) and _is_server_side(cursor.cursor, connection):
             cursor.close = _closing_server_side(connection, cursor.cursor)
         if connection.turn is None:

@@ -60,8 +60,9 @@ class Turn:
         self.cancelled = None
         # Whether the holder needs a thread, which mustn't wait for the turn.
         self.needs_thread = False
-        # Whether the holder does what ends by itself.
+        # Whether the holder does what ends by itself, and how often it ended.
         self.works = False
+        self.finished = 0
 
     @property
     def depth(self):
@@ -126,7 +127,7 @@ class Turn:
     def get_on(self, ready):
         """Return what becomes another value when others get on."""
         with self._lock:
-            return self.changes, ready() and self.count
+            return self.changes, ready() and (self.count, self.finished)
 
     async def comes(self, ready, timeout):
         """

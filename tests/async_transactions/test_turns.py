@@ -148,12 +148,12 @@ class TurnTestsMixin:
 
     async def test_a_long_statement(self):
         """It ends by itself, so that waiting for it isn't in vain."""
-        sharing.TURN_TIMEOUT = 0.1
+        sharing.TURN_TIMEOUT = 0.5
         running = threading.Event()
 
         def slow(execute, *args):
             running.set()
-            time.sleep(0.5)
+            time.sleep(1.2)
             return execute(*args)
 
         def create_slowly():
