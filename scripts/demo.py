@@ -98,8 +98,8 @@ def find_python(name):
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def call(command, hint):
-    """Run a command that prepares something; fail with its last lines."""
+def attempt(command):
+    """Run a command; return its last lines if it fails, or None."""
     environ = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1")
     # An environment must not import packages from elsewhere.
     environ.pop("PYTHONPATH", None)
@@ -112,8 +112,14 @@ def call(command, hint):
         errors="replace",
         env=environ,
     )
-    if result.returncode:
-        tail = "\n".join(result.stdout.strip().splitlines()[-LINES_SHOWN:])
+    if not result.returncode:
+        return None
+    return "\n".join(result.stdout.strip().splitlines()[-LINES_SHOWN:])
+
+
+def call(command, hint):
+    """Run a command that prepares something; fail with its last lines."""
+    if (tail := attempt(command)) is not None:
         tail = textwrap.indent(tail, "    ")
         shown = " ".join(str(part) for part in command)
         raise DemoError(f"This failed:\n\n    {shown}\n{tail}\n\n{hint}")

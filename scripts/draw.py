@@ -2,7 +2,7 @@
 Draw the pictures in docs/pictures/.
 
     python scripts/draw.py
-    python scripts/draw.py --tree build/django --output /tmp/pictures
+    python scripts/draw.py --tree build/django --output pictures
 
 race.svg shows the forum's race (see draw_worker.py) as it was recorded on
 stock Django and on the fork: which task sends which statement, on which

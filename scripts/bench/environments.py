@@ -8,17 +8,14 @@ first, so what's there is complete.
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 
 import chain
+import demo
 import materialise
 import postgres
-
-LINES_SHOWN = 8
 
 
 class NotInstalled(Exception):
@@ -81,18 +78,5 @@ def _install(*arguments, python=None):
 
 
 def _run(*command):
-    environ = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    # An environment must not import packages from elsewhere.
-    environ.pop("PYTHONPATH", None)
-    result = subprocess.run(
-        list(map(str, command)),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        env=environ,
-    )
-    if result.returncode:
-        lines = result.stdout.strip().splitlines()[-LINES_SHOWN:]
-        raise NotInstalled("\n".join(lines))
+    if (message := demo.attempt(list(map(str, command)))) is not None:
+        raise NotInstalled(message)
