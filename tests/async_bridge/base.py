@@ -4,6 +4,8 @@ import time
 import unittest
 from unittest import mock
 
+from asgiref.sync import sync_to_async
+
 from django.db import connection, connections
 from django.test import TransactionTestCase
 
@@ -47,8 +49,7 @@ class NativeTestCase(TransactionTestCase):
             time.sleep(0.01)
 
 
-@unittest.skipUnless(psycopg_pool, "psycopg_pool is required.")
-class NativePoolTestCase(NativeTestCase):
+class PoolMixin:
     """
     The database has a pool. After each test, all of its connections are back.
     A test may have `pool_options` of its own, as an attribute.
@@ -57,16 +58,26 @@ class NativePoolTestCase(NativeTestCase):
     pool_options = {"min_size": 0, "max_size": 2, "timeout": 10}
 
     def setUp(self):
-        method = getattr(self, self._testMethodName)
-        pool_options = getattr(method, "pool_options", self.pool_options)
-        self.options = {**self.options, "pool": pool_options}
+        if psycopg_pool is None:
+            self.skipTest("psycopg_pool is required.")
         super().setUp()
+        self.close_connections()
+        method = getattr(self, self._testMethodName)
+        pool = getattr(method, "pool_options", self.pool_options)
+        patcher = mock.patch.dict(connections.settings["default"]["OPTIONS"], pool=pool)
+        patcher.start()
+        self.addCleanup(patcher.stop)
         # It reports connections that come back closed.
         logger = logging.getLogger("psycopg.pool")
         self.addCleanup(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
         self.addCleanup(connection.close_pool)
         self.addCleanup(self.check_pool)
+
+    def close_connections(self):
+        """Close those of this thread, and of the one that asgiref shares."""
+        connections.close_all()
+        asyncio.run(sync_to_async(connections.close_all)())
 
     def checked_out(self):
         """Return how many connections are in use or waited for."""
@@ -75,5 +86,12 @@ class NativePoolTestCase(NativeTestCase):
         return stats["pool_size"] - stats["pool_available"] + waiting
 
     def check_pool(self):
-        connections.close_all()
-        self.assertBecomes(self.checked_out, 0)
+        self.close_connections()
+        deadline = time.monotonic() + 10
+        while self.checked_out():
+            self.assertLess(time.monotonic(), deadline, connection.pool.get_stats())
+            time.sleep(0.01)
+
+
+class NativePoolTestCase(PoolMixin, NativeTestCase):
+    pass

@@ -7,7 +7,6 @@ import asyncio
 import threading
 import unittest
 from concurrent.futures import ThreadPoolExecutor
-from unittest import mock
 
 from asgiref.sync import sync_to_async
 
@@ -22,6 +21,7 @@ from django.db import (
 )
 from django.test import TransactionTestCase
 
+from .base import PoolMixin
 from .test_waiting import WaitingTestCase, parameters
 
 try:
@@ -295,17 +295,11 @@ class OperationTests(TransactionTestCase):
         self.run_on_loop(main())
 
 
-@unittest.skipUnless(psycopg_pool, "psycopg_pool is required.")
-class PooledOperationTests(OperationTests):
+class PooledOperationTests(PoolMixin, OperationTests):
+    pool_options = {"min_size": 2, "max_size": 2, "timeout": 20}
+
     def setUp(self):
         super().setUp()
-        connections.close_all()
-        pool = {"min_size": 2, "max_size": 2, "timeout": 20}
-        patcher = mock.patch.dict(connection.settings_dict["OPTIONS"], pool=pool)
-        patcher.start()
-        self.addCleanup(patcher.stop)
-        self.addCleanup(connection.close_pool)
-        self.addCleanup(connections.close_all)
         connection.pool.open(wait=True)
 
     def test_cold_pool(self):

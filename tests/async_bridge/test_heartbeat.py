@@ -8,23 +8,18 @@ import time
 import unittest
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
-from unittest import mock
 
 from django.contrib.sites.models import Site
 from django.db import DatabaseError, connection, connections, run_sync, transaction
 from django.test import TransactionTestCase
 
+from .base import PoolMixin
 from .test_waiting import parameters
 
 try:
     import psycopg
 except ImportError:
     psycopg = None
-
-try:
-    import psycopg_pool
-except ImportError:
-    psycopg_pool = None
 
 # Seconds.
 LONGEST_STALL = 0.05
@@ -187,18 +182,12 @@ class HeartbeatTests(TransactionTestCase):
         self.assertGreater(self.longest_stall(also), LONGEST_STALL)
 
 
-@unittest.skipUnless(psycopg_pool, "psycopg_pool is required.")
-class PooledHeartbeatTests(HeartbeatTests):
+class PooledHeartbeatTests(PoolMixin, HeartbeatTests):
+    # Those that wait for the lock or are slow have all of them.
+    pool_options = {"min_size": 20, "max_size": 20, "timeout": 20}
+
     def setUp(self):
         super().setUp()
-        connections.close_all()
-        # Those that wait for the lock or are slow have all of them.
-        pool = {"min_size": 20, "max_size": 20, "timeout": 20}
-        patcher = mock.patch.dict(connection.settings_dict["OPTIONS"], pool=pool)
-        patcher.start()
-        self.addCleanup(patcher.stop)
-        self.addCleanup(connection.close_pool)
-        self.addCleanup(connections.close_all)
         connection.pool.open(wait=True)
 
     async def everybody_waits(self, observer):

@@ -12,13 +12,14 @@ import unittest
 from contextlib import aclosing, suppress
 from unittest import mock
 
-from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.sync import async_to_sync
 
 from django.db import connection, connections, run_sync, transaction
 from django.db.models import Case, Func, IntegerField, TextField, Value, When
 from django.db.transaction import TransactionManagementError
 from django.test import TransactionTestCase
 
+from .base import PoolMixin
 from .cancelling import cancel_everywhere
 from .models import Author, Book
 
@@ -433,46 +434,24 @@ class StreamingTests(IteratorTestCase):
         self.assertEqual(numbers, list(range(1, 101)))
 
 
-class PoolMixin:
-    """With a pool of two, to which everything comes back."""
+class FullPoolMixin(PoolMixin):
+    """Everything is back as soon as a test has ended."""
 
-    def setUp(self):
-        try:
-            import psycopg_pool  # NOQA: F401
-        except ImportError:
-            self.skipTest("Needs psycopg_pool.")
-        super().setUp()
-        self.close_connections()
-        options = connections.settings["default"]["OPTIONS"]
-        pool = {"min_size": 0, "max_size": 2, "timeout": 5}
-        patcher = mock.patch.dict(options, pool=pool)
-        patcher.start()
-        self.addCleanup(patcher.stop)
-        self.addCleanup(connection.close_pool)
-        self.addCleanup(self.check_pool_is_full)
+    pool_options = {"min_size": 0, "max_size": 2, "timeout": 5}
 
-    def close_connections(self):
-        """Close those of this thread, and of the one that asgiref shares."""
-        connections.close_all()
-        asyncio.run(sync_to_async(connections.close_all)())
-
-    def check_pool_is_full(self):
+    def check_pool(self):
         self.close_connections()
         self.assertEqual(self.checked_out(), 0)
 
-    def checked_out(self):
-        stats = connection.pool.get_stats()
-        return stats["pool_size"] - stats["pool_available"]
-
 
 @unittest.skipUnless(connection.vendor == "postgresql", "Needs server-side cursors.")
-class PooledResultTests(PoolMixin, ResultTests):
+class PooledResultTests(FullPoolMixin, ResultTests):
     pass
 
 
 @unittest.skipUnless(is_native, "Threads keep their connection.")
 class PooledEndingTests(
-    PoolMixin, CancelledEverywhereMixin, EndingsMixin, IteratorTestCase
+    FullPoolMixin, CancelledEverywhereMixin, EndingsMixin, IteratorTestCase
 ):
     """An iterator holds its connection, and returns it at once at its end."""
 

@@ -4,7 +4,6 @@ Promises 2, 3, 7, 8 and 11 in native mode: what was once found to break them.
 
 import asyncio
 import gc
-import logging
 import threading
 import time
 import unittest
@@ -28,12 +27,8 @@ from django.db import (
 from django.db.models.signals import post_save
 from django.test import TransactionTestCase
 
+from .base import PoolMixin
 from .models import Author
-
-try:
-    import psycopg_pool
-except ImportError:
-    psycopg_pool = None
 
 
 def sleep(seconds):
@@ -132,27 +127,13 @@ class InsideSyncBlockTests(NativeTestCase):
             await sync_to_async(cursor.cursor.execute)("SELECT 1")
 
 
-@unittest.skipUnless(psycopg_pool, "psycopg_pool is required.")
-class PoolTestCase(NativeTestCase):
+class PoolTestCase(PoolMixin, NativeTestCase):
     """With a pool of one connection, which comes back to it."""
 
-    max_size = 1
-
-    def setUp(self):
-        connections.close_all()
-        pool = {"min_size": 0, "max_size": self.max_size, "timeout": 3}
-        patcher = mock.patch.dict(connection.settings_dict["OPTIONS"], pool=pool)
-        patcher.start()
-        self.addCleanup(patcher.stop)
-        # It reports connections that come back closed.
-        logger = logging.getLogger("psycopg.pool")
-        self.addCleanup(logger.setLevel, logger.level)
-        logger.setLevel(logging.ERROR)
-        self.addCleanup(connection.close_pool)
-        self.addCleanup(self.check_pool)
-        self.addCleanup(connections.close_all)
+    pool_options = {"min_size": 0, "max_size": 1, "timeout": 3}
 
     def check_pool(self):
+        super().check_pool()
         # What was discarded is replaced by a thread of the pool.
         with connection.pool.connection(timeout=10):
             pass
@@ -404,7 +385,7 @@ class ClosedLoopTests(ClosedLoopMixin, NativeTestCase):
 
 
 class PooledClosedLoopTests(ClosedLoopMixin, PoolTestCase):
-    max_size = 2
+    pool_options = {"min_size": 0, "max_size": 2, "timeout": 3}
 
     def test_iterator(self):
         Author.objects.create(name="a")
