@@ -18,6 +18,10 @@ import materialise
 import postgres
 
 
+OUTPUT = chain.ROOT / "docs" / "benchmarks"
+CACHE = chain.ROOT / "build" / "bench"
+
+
 class NotInstalled(Exception):
     """An environment can't be made. The message is pip's."""
 

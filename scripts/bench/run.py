@@ -49,7 +49,6 @@ import environments  # noqa: E402
 import postgres  # noqa: E402
 import report  # noqa: E402
 from chain import (  # noqa: E402
-    ROOT,
     ChainError,
     Unusable,
     Upstream,
@@ -59,9 +58,6 @@ from chain import (  # noqa: E402
 from contenders import contenders  # noqa: E402
 from operations import OPERATIONS  # noqa: E402
 from own_server import ServerError, ending, unwind_on_termination  # noqa: E402
-
-OUTPUT = ROOT / "docs" / "benchmarks"
-CACHE = ROOT / "build" / "bench"
 
 # What prepares the tables, and knows what's right.
 OBSERVER = "raw"
@@ -376,10 +372,10 @@ def parse():
         "of what the series makes",
     )
     parser.add_argument(
-        "--output", type=pathlib.Path, default=OUTPUT, help="default: docs/benchmarks"
+        "--output", type=pathlib.Path, default=environments.OUTPUT, help="default: docs/benchmarks"
     )
     parser.add_argument(
-        "--cache", type=pathlib.Path, default=CACHE, help="default: build/bench"
+        "--cache", type=pathlib.Path, default=environments.CACHE, help="default: build/bench"
     )
     options = parser.parse_args()
     options.only = options.only or list(contenders(""))

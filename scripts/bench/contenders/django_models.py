@@ -7,27 +7,29 @@ from .address import parameters
 
 
 def configure(url, engine="django.db.backends.postgresql", apps=(), **database):
-    address = parameters(url)
-    options = database.pop("OPTIONS", {})
+    default = database_settings(url)
+    default["OPTIONS"].update(database.pop("OPTIONS", {}))
     settings.configure(
-        DATABASES={
-            "default": {
-                "ENGINE": engine,
-                "NAME": address.pop("dbname"),
-                "USER": address.pop("user", ""),
-                "PASSWORD": address.pop("password", ""),
-                "HOST": address.pop("host", ""),
-                "PORT": address.pop("port", ""),
-                "OPTIONS": {**address, **options},
-                **database,
-            }
-        },
+        DATABASES={"default": {**default, "ENGINE": engine, **database}},
         INSTALLED_APPS=list(apps),
         ALLOWED_HOSTS=["127.0.0.1"],
         ROOT_URLCONF="contenders.django_http",
         USE_TZ=True,
     )
     django.setup()
+
+
+def database_settings(url):
+    address = parameters(url)
+    return {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": address.pop("dbname"),
+        "USER": address.pop("user", ""),
+        "PASSWORD": address.pop("password", ""),
+        "HOST": address.pop("host", ""),
+        "PORT": address.pop("port", ""),
+        "OPTIONS": address,
+    }
 
 
 def models(manager=None):
