@@ -17,7 +17,6 @@ import demo
 import materialise
 import postgres
 
-
 OUTPUT = chain.ROOT / "docs" / "benchmarks"
 CACHE = chain.ROOT / "build" / "bench"
 

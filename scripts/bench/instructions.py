@@ -3,7 +3,7 @@
 Count what synchronous Django costs on the fork and without it.
 
     python3 scripts/bench/instructions.py
-    python3 scripts/bench/instructions.py --tree build/django --databases sqlite
+    python3 scripts/bench/instructions.py --databases sqlite --rounds 1
 
 Run the pieces of micro.py (a get(), a save(), an empty atomic(), ...) under
 valgrind's callgrind, with stock Django and with the fork, in the same
@@ -44,7 +44,6 @@ import environments  # noqa: E402
 import postgres  # noqa: E402
 import report  # noqa: E402
 from chain import (  # noqa: E402
-    ROOT,
     ChainError,
     Unusable,
     Upstream,
@@ -53,8 +52,7 @@ from chain import (  # noqa: E402
 )
 from contenders import contenders  # noqa: E402
 from own_server import ServerError, ending, unwind_on_termination  # noqa: E402
-
-DATABASES = {"sqlite": "SQLite in memory", "postgresql": "PostgreSQL"}
+from report import DATABASES  # noqa: E402
 
 # Of the instructions that stock Django executes.
 LIMIT = 0.01
@@ -206,7 +204,7 @@ def count_all(options):
                 for piece, value in counts.items():
                     by_tree = found.setdefault(database, {}).setdefault(piece, {})
                     by_tree.setdefault(name, []).append(value)
-    return found
+    return tree.name, found
 
 
 def main():
@@ -215,10 +213,10 @@ def main():
         raise Unusable(HINT)
     unwind_on_termination()
     try:
-        found = count_all(options)
+        tree, found = count_all(options)
     except (ServerError, environments.NotInstalled) as error:
         raise Unusable(str(error)) from error
-    results = {"rounds": options.rounds, "limit": LIMIT, "databases": found}
+    results = {"rounds": options.rounds, "tree": tree, "databases": found}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "instructions.json").write_text(
         json.dumps(results, indent=1) + "\n"

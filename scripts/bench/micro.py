@@ -12,11 +12,11 @@ import gc
 import os
 import sys
 
+from contenders.django_models import database_settings
+
 import django
 from django.conf import settings
 from django.test import RequestFactory
-
-from contenders.django_models import database_settings
 
 ROWS = 20
 

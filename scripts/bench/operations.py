@@ -37,6 +37,8 @@ class Operation:
     once: bool = False
     # The shortest time that it can take, in seconds.
     at_least: float = 0
+    # How long a measurement lasts besides the seconds asked for, to estimate.
+    overhead: float = 0.6
     # What psycopg does instead, if it's a view that wrk asks for.
     view_of: str | None = None
 
@@ -66,18 +68,18 @@ OPERATIONS = {
             ACCOUNTS,
             written=(0, 0, BULK_SIZE),
         ),
-        Operation("stream", f"Stream of {ITEMS:,}", (1,)),
+        Operation("stream", f"Stream of {ITEMS:,}", (1,), overhead=3),
         Operation(
             "slow_get",
             f"Get by key, {LATENCY * 1000:.0f} ms on the server",
-            (50, 500),
+            (50,),
             ITEMS,
             at_least=LATENCY,
         ),
         Operation(
             "slow_transaction",
             f"Transaction, {LATENCY * 1000:.0f} ms on the server",
-            (50, 500),
+            (50,),
             ACCOUNTS,
             written=(0, 1, 1),
             at_least=LATENCY,
@@ -89,6 +91,7 @@ OPERATIONS = {
             pool=50,
             once=True,
             at_least=SLEEP,
+            overhead=2.5,
         ),
         Operation(
             "http",
@@ -96,6 +99,7 @@ OPERATIONS = {
             (50,),
             ITEMS,
             view_of="get",
+            overhead=2,
         ),
         Operation(
             "http_atomic",
@@ -103,6 +107,7 @@ OPERATIONS = {
             (50,),
             ITEMS,
             view_of="get",
+            overhead=2,
         ),
     ]
 }

@@ -21,8 +21,13 @@ of the contender's process. The same rows, in the same order, are read and
 written by all. They read objects: those of the ORM, or named tuples.
 
 Write results.json, results.md and plots into docs/benchmarks/. Environments
-are kept in build/bench/, named by what they contain. The complete run takes
-more than an hour, and --quick a few minutes, whose figures say little.
+are kept in build/bench/, named by what they contain. How long the run takes is
+estimated at its beginning. --minutes says how long it may take, and --quick
+takes a few minutes, whose figures say little.
+
+What transactions need that wait is measured first (see waiting_memory.py). The
+instructions that synchronous Django executes are counted by instructions.py;
+if it was run before for the same patches, they are in the tables, too.
 
 Exit status: 0 done, 1 a contender's result was wrong or it failed, 2 it can't
 run here; the error says what to do. A contender that can't be installed, or
@@ -30,6 +35,7 @@ can't do an operation, is left out and named.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -58,6 +64,7 @@ from chain import (  # noqa: E402
 from contenders import contenders  # noqa: E402
 from operations import OPERATIONS  # noqa: E402
 from own_server import ServerError, ending, unwind_on_termination  # noqa: E402
+from waiting_memory import KINDS  # noqa: E402
 
 # What prepares the tables, and knows what's right.
 OBSERVER = "raw"
@@ -65,8 +72,22 @@ OBSERVER = "raw"
 # Seconds that a measurement may take besides those asked for.
 PATIENCE = 120
 
+# The seconds that a measurement has at least, if --minutes decides.
+SHORTEST = 0.5
+
+# About how many seconds it takes to start and verify a contender, and to
+# measure its waiting transactions.
+STARTING = 1.5
+WAITING = 2.5
+
+# Whose waiting transactions are measured.
+HOLDING = ("native", "thread", "stock-async", "stock-sync")
+
 # Seconds between two looks at the threads of a process.
 INTERVAL = 0.02
+
+# Who takes part only with --only: it's as fast as stock Django, by design.
+BY_REQUEST = ("fork-sync",)
 
 # What is told of an environment.
 SHOWN_PACKAGES = {
@@ -170,6 +191,7 @@ class Benchmark:
             "versions": {},
             "left_out": [],
             "measurements": [],
+            "waiting": [],
         }
         self.failed = False
 
@@ -221,13 +243,15 @@ class Benchmark:
                 self.leave_out("A quiet machine", BUSY_HINT.format(load))
             self.results["about"] = {
                 "rounds": self.options.rounds,
-                "seconds": self.options.seconds,
                 "cpus": os.cpu_count(),
                 "machine": platform.machine(),
                 "load": load,
                 "python": platform.python_version(),
                 "postgresql": self.observer.ask("call", method="server"),
             }
+            self.plan()
+            self.results["about"]["seconds"] = self.options.seconds
+            self.measure_waiting()
             for name in self.options.operations:
                 operation = OPERATIONS[name]
                 if operation.view_of and not shutil.which("wrk"):
@@ -253,9 +277,100 @@ class Benchmark:
                     self.fail(self.results["titles"][name], operation, error)
                 else:
                     workers[name] = worker
-            for tasks in self.options.tasks or operation.tasks:
+            for tasks in self.tasks(operation):
                 for number in range(self.options.rounds):
                     self.run_round(workers, operation, tasks, number)
+                    self.done += self.duration(operation)
+
+    def tasks(self, operation):
+        """Return the numbers of tasks to measure it with."""
+        return self.options.tasks or operation.tasks
+
+    def plan(self):
+        """Fit the measurements into the time there is, and tell how long."""
+        options = self.options
+        operations = [OPERATIONS[name] for name in options.operations]
+        if options.minutes:
+            options.seconds = 0
+            fixed = sum(map(self.whole_duration, operations)) + self.whole_waiting()
+            options.seconds = 1
+            each = sum(map(self.whole_duration, operations)) + self.whole_waiting()
+            options.seconds = (options.minutes * 60 - fixed) / max(1, each - fixed)
+            if options.seconds < SHORTEST:
+                raise Unusable(
+                    f"{options.minutes:g} minutes are too short: {SHORTEST} s for each "
+                    f"measurement need {(fixed + SHORTEST * (each - fixed)) / 60:.0f}."
+                )
+        self.done = 0
+        self.whole = sum(map(self.whole_duration, operations)) + self.whole_waiting()
+        self.started = time.monotonic()
+        progress(
+            f"Estimated: {self.whole / 60:.0f} minutes, {options.rounds} rounds, "
+            f"{options.seconds:.2f} s for each measurement"
+        )
+
+    def whole_duration(self, operation):
+        rounds = self.options.rounds * len(self.tasks(operation))
+        # Each contender starts, and is verified.
+        return rounds * self.duration(operation) + STARTING * len(self.participants())
+
+    def duration(self, operation):
+        """Return about how many seconds a round takes."""
+        # Neither other ORMs nor threads have views here.
+        number = 4 if operation.view_of else len(self.participants())
+        seconds = 0 if operation.once else self.options.seconds
+        return min(number, len(self.participants())) * (seconds + operation.overhead)
+
+    def whole_waiting(self):
+        return self.options.rounds * self.waiting_duration()
+
+    def waiting_duration(self):
+        return WAITING * (1 + 2 * len(self.waiting_participants()))
+
+    def participants(self):
+        return self.results["titles"]
+
+    def waiting_participants(self):
+        if self.options.no_waiting:
+            return []
+        return [name for name in HOLDING if name in self.participants()]
+
+    def left(self):
+        """Return how long it still takes, in words."""
+        passed = time.monotonic() - self.started
+        # At the beginning, the estimate is better than what it took so far.
+        pace = (passed + 60) / (self.done + 60)
+        return f"about {(self.whole - self.done) * pace / 60:.0f} minutes left"
+
+    def measure_waiting(self):
+        """Measure the memory of waiting transactions, in new processes."""
+        names = self.waiting_participants()
+        for number in range(self.options.rounds if names else 0):
+            connection = self.hold(OBSERVER, "bare")
+            for name, kind in itertools.product(names, KINDS):
+                try:
+                    memory = self.hold(name, kind)
+                except WorkerError as error:
+                    self.failed = True
+                    title = self.results["titles"][name]
+                    self.leave_out(f"{title}: waiting", f"It failed: {error}")
+                    continue
+                self.results["waiting"].append(
+                    {
+                        "contender": name,
+                        "kind": kind,
+                        "round": number,
+                        "memory": memory,
+                        "connection": connection,
+                    }
+                )
+            self.done += self.waiting_duration()
+            progress(f"Waiting transactions, round {number + 1}; {self.left()}")
+
+    def hold(self, name, kind):
+        with contextlib.ExitStack() as stack:
+            worker = self.start(name, stack)
+            return worker.ask("hold", kind=kind, url=self.url)
 
     def verify(self, worker, operation):
         """Raise WorkerError unless the contender does what psycopg does."""
@@ -300,7 +415,7 @@ class Benchmark:
             )
             shown.append(f"{name} {measurement['rate']:,.4g}")
         case = report.case_title(operation.name, tasks)
-        progress(f"{case}, round {number + 1}: {', '.join(shown)}")
+        progress(f"{case}, round {number + 1}: {', '.join(shown)}; {self.left()}")
 
     def fail(self, title, operation, error):
         self.failed = True
@@ -316,6 +431,15 @@ class Benchmark:
     def write(self):
         """Write what was found into files."""
         output = self.options.output
+        instructions = output / "instructions.json"
+        if instructions.exists():
+            found = json.loads(instructions.read_text())
+            if found["tree"] == self.tree.name:
+                self.results["instructions"] = found["databases"]
+            else:
+                self.leave_out(
+                    "Instructions", "Those of other patches: run instructions.py again."
+                )
         results = self.write_measurements()
         (output / "results.md").write_text("\n".join(report.page(self.results)) + "\n")
         try:
@@ -347,7 +471,12 @@ def parse():
     parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument(
-        "--seconds", type=float, default=3, help="per measurement (default: 3)"
+        "--seconds", type=float, default=1.5, help="per measurement (default: 1.5)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="how long the whole takes; it decides the seconds of a measurement",
     )
     parser.add_argument(
         "--only",
@@ -363,6 +492,11 @@ def parse():
         "--tasks", nargs="+", type=int, help="instead of those of each operation"
     )
     parser.add_argument(
+        "--no-waiting",
+        action="store_true",
+        help="don't measure the memory of waiting transactions",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="2 rounds of half a second each"
     )
     parser.add_argument(
@@ -372,13 +506,21 @@ def parse():
         "of what the series makes",
     )
     parser.add_argument(
-        "--output", type=pathlib.Path, default=environments.OUTPUT, help="default: docs/benchmarks"
+        "--output",
+        type=pathlib.Path,
+        default=environments.OUTPUT,
+        help="default: docs/benchmarks",
     )
     parser.add_argument(
-        "--cache", type=pathlib.Path, default=environments.CACHE, help="default: build/bench"
+        "--cache",
+        type=pathlib.Path,
+        default=environments.CACHE,
+        help="default: build/bench",
     )
     options = parser.parse_args()
-    options.only = options.only or list(contenders(""))
+    options.only = options.only or [
+        name for name in contenders("") if name not in BY_REQUEST
+    ]
     if options.quick:
         options.rounds, options.seconds = 2, 0.5
     options.cache = options.cache.resolve()

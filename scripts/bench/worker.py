@@ -20,6 +20,7 @@ import time
 import traceback
 
 import http_load as http
+import waiting_memory
 from operations import OPERATIONS, VERIFIED_KEY
 
 # Seconds. By then, caches are filled, and statements are prepared.
@@ -251,7 +252,14 @@ def can(contender, operation):
     return getattr(contender, operation, None) is not None
 
 
-COMMANDS = {function.__name__: function for function in (verify, measure, call, can)}
+def hold(contender, kind, url):
+    """Return the memory that a waiting transaction needs."""
+    return waiting_memory.measure(contender, kind, url)
+
+
+COMMANDS = {
+    function.__name__: function for function in (verify, measure, call, can, hold)
+}
 
 
 def failure(error):

@@ -1,3 +1,4 @@
+import argparse
 import contextlib
 import io
 import pathlib
@@ -12,9 +13,11 @@ sys.path.append(str(BENCH))
 
 import environments  # noqa: E402
 import http_load  # noqa: E402
+import instructions  # noqa: E402
 import operations  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+import waiting_memory  # noqa: E402
 import worker  # noqa: E402
 from contenders import address, contenders  # noqa: E402
 
@@ -26,6 +29,7 @@ def measurement(contender, number, rate, operation="get", tasks=50):
         "round": number,
         "contender": contender,
         "rate": rate,
+        "elapsed": 1,
         "p50": 0.001,
         "p99": 0.0025,
         "cpu": 0.0005,
@@ -96,23 +100,162 @@ class ReportTests(unittest.TestCase):
             lines,
         )
 
-    def goals(self, rate):
-        measured = results(
-            measurement("native", 0, rate), measurement("stock-async", 0, 100)
-        )
-        return list(report.goals(measured))[2:]
+    def goals(self, *measurements, **more):
+        """Return the lines of the table, without its head."""
+        return list(report.goal_table({**results(*measurements), **more}))[2:]
 
-    def test_goals(self):
-        for rate, verdict in ((499, "below"), (500, "reached"), (800, "aim")):
+    def test_faster(self):
+        for rate, verdict in ((499, "NOT REACHED"), (500, "reached"), (800, "aim")):
             with self.subTest(rate=rate):
-                (line,) = self.goals(rate)
-                self.assertTrue(line.endswith(f"| 5.00 | 8.00 | {verdict} |"), line)
+                line, _ = self.goals(
+                    measurement("native", 0, rate), measurement("stock-async", 0, 100)
+                )
+                self.assertTrue(line.endswith(f"| ≥ 5 | ≥ 8 | {verdict} |"), line)
+
+    def test_ahead_of_the_fastest(self):
+        others = [
+            measurement(name, 0, rate, "list")
+            for name, rate in (("stock-async", 90), ("stock-sync", 110), ("raw", 999))
+        ]
+        for rate, verdict in ((109, "NOT REACHED"), (110, "aim")):
+            with self.subTest(rate=rate):
+                (line,) = self.goals(measurement("native", 0, rate, "list"), *others)
+                self.assertIn("the fastest ORM on psycopg: sync |", line)
+                self.assertTrue(line.endswith(f"| {verdict} |"), line)
+
+    def test_time_of_one_task(self):
+        for rate, verdict in ((79, "NOT REACHED"), (81, "reached"), (90, "aim")):
+            with self.subTest(rate=rate):
+                line, _ = self.goals(
+                    measurement("native", 0, rate, tasks=1),
+                    measurement("stock-sync", 0, 100, tasks=1),
+                )
+                self.assertTrue(line.endswith(f"| ≤ 1.25 | ≤ 1.15 | {verdict} |"), line)
+
+    def test_sleeping_tasks(self):
+        for elapsed, verdict in ((2.31, "NOT REACHED"), (2.29, "reached"), (2, "aim")):
+            with self.subTest(elapsed=elapsed):
+                slept = measurement("native", 0, 1, "sleep", 1000)
+                (line,) = self.goals({**slept, "elapsed": elapsed})
+                self.assertTrue(line.endswith(f"| {verdict} |"), line)
+
+    def test_waiting_transactions(self):
+        def waiting(contender, memory):
+            return {
+                "contender": contender,
+                "kind": "idle",
+                "round": 0,
+                "memory": memory,
+                "connection": 20,
+            }
+
+        for memory, verdict in ((71, "NOT REACHED"), (70, "reached"), (40, "aim")):
+            with self.subTest(memory=memory):
+                (line,) = self.goals(
+                    waiting=[waiting("native", memory), waiting("stock-sync", 120)]
+                )
+                self.assertTrue(line.endswith(f"| ≤ 0.5 | ≤ 0.2 | {verdict} |"), line)
+
+    def test_instructions(self):
+        for count, verdict in ((1011, "NOT REACHED"), (1009, "reached"), (1000, "aim")):
+            with self.subTest(count=count):
+                pieces = {
+                    "get()": {"stock": [1000], "fork": [count]},
+                    "save()": {"stock": [1000], "fork": [999]},
+                }
+                (line,) = self.goals(instructions={"sqlite": pieces})
+                self.assertIn("the worst: get() |", line)
+                self.assertTrue(line.endswith(f"| {verdict} |"), line)
 
     def test_operations_of_the_goals(self):
         known = contenders("")
-        for goal in report.GOALS:
-            self.assertIn(goal.against, known)
-            self.assertIn(goal.tasks, operations.OPERATIONS[goal.operation].tasks)
+        for operation, tasks, against, *_ in report.FASTER:
+            self.assertIn(against, known)
+            self.assertIn(tasks, operations.OPERATIONS[operation].tasks)
+        for name in (*report.ORMS_ON_PSYCOPG, *run.HOLDING, *run.BY_REQUEST):
+            self.assertIn(name, known)
+
+
+class PlanTests(unittest.TestCase):
+    """The time that the run takes is known before it starts."""
+
+    def plan(self, **options):
+        benchmark = run.Benchmark(
+            argparse.Namespace(
+                **{
+                    "operations": ["get", "sleep"],
+                    "tasks": None,
+                    "rounds": 5,
+                    "seconds": 2,
+                    "minutes": None,
+                    "no_waiting": False,
+                    **options,
+                }
+            )
+        )
+        benchmark.results["titles"] = {"native": "fork", "raw": "psycopg"}
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            benchmark.plan()
+        return benchmark, output.getvalue()
+
+    def test_estimate(self):
+        benchmark, _ = self.plan()
+        get, sleep = (operations.OPERATIONS[name] for name in ("get", "sleep"))
+        self.assertAlmostEqual(
+            benchmark.whole,
+            5 * 3 * 2 * (2 + get.overhead)
+            + 5 * 1 * 2 * sleep.overhead
+            + 2 * 2 * run.STARTING
+            + 5 * 3 * run.WAITING,
+        )
+        benchmark.done = benchmark.whole
+        self.assertEqual(benchmark.left(), "about 0 minutes left")
+
+    def test_minutes(self):
+        benchmark, output = self.plan(minutes=4)
+        self.assertAlmostEqual(benchmark.whole, 240)
+        self.assertGreater(benchmark.options.seconds, run.SHORTEST)
+        self.assertIn("Estimated: 4 minutes, 5 rounds", output)
+
+    def test_too_few_minutes(self):
+        with self.assertRaisesRegex(run.Unusable, "1 minutes are too short"):
+            self.plan(minutes=1)
+
+
+class InstructionsTests(unittest.TestCase):
+    def test_per_repetition(self):
+        with tempfile.TemporaryDirectory() as name:
+            directory = pathlib.Path(name)
+            # The second piece, done 10 times and 20 times. 500 come besides.
+            for number, executed in ((5, 1500), (6, 2500)):
+                text = f"events: Ir\nfn=(1)\n1 2\nsummary: {executed}\n"
+                (directory / f"out.{number}").write_text(text)
+            self.assertEqual(instructions.per_repetition(directory, 1, 10), 100)
+
+    def test_failure(self):
+        with self.assertRaisesRegex(run.ChainError, "no summary"):
+            instructions.dumped("events: Ir\n")
+
+    def test_page(self):
+        found = {"get()": {"stock": [1000, 1000], "fork": [1010, 1030]}}
+        lines = list(instructions.page({"rounds": 2, "databases": {"sqlite": found}}))
+        self.assertIn("| get() | 1,000 | 1,020 | 2.00 (1.00–3.00) |", lines)
+
+
+class WaitingMemoryTests(unittest.TestCase):
+    def test_own_memory(self):
+        before = waiting_memory.own_memory()
+        # More than what is free already, and written to.
+        block = bytearray(b"x") * 2**24
+        grown = waiting_memory.own_memory() - before
+        self.assertGreater(grown, 0.9 * len(block))
+        self.assertLess(grown, 1.5 * len(block))
+
+    def test_until(self):
+        found = iter([1, 2, 3])
+        list(waiting_memory._until(lambda: next(found), 3, []))
+        with self.assertRaises(ZeroDivisionError):
+            list(waiting_memory._until(lambda: 1, 3, [ZeroDivisionError()]))
 
 
 class OperationTests(unittest.TestCase):

@@ -9,6 +9,10 @@ has `threads`. It has no method for what its ORM can't do. The others:
 open(pool_size), close()
     Connect, and disconnect: before and after each measurement. What open()
     returns is ready, so nobody is measured while connecting.
+
+hold(key, wait)
+    Read an account in a transaction, and wait in it, see waiting_memory.py.
+    A coroutine function that `blocks` waits in a thread.
 """
 
 from dataclasses import dataclass, field

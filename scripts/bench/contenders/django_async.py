@@ -47,6 +47,7 @@ class Contender:
             database["ASYNC_NATIVE"] = True
         django_models.configure(url, **database)
         self.models = django_models.models()
+        self.blocks = mode == "stock"
         self.request = None
         if mode == "stock":
             self.request = stock_request
@@ -57,11 +58,12 @@ class Contender:
 
             self.request = request_scope
 
-    async def open(self, pool_size):
+    async def open(self, pool_size, min_size=None):
         from django.db import connection
 
         pool = connection.settings_dict["OPTIONS"]["pool"]
-        pool["min_size"] = pool["max_size"] = pool_size
+        pool["min_size"] = pool_size if min_size is None else min_size
+        pool["max_size"] = pool_size
         await sync_to_async(self._open)()
 
     @staticmethod
@@ -127,6 +129,24 @@ class Contender:
             account.balance += 1
             account.save(update_fields=["balance"])
             self.models.Entry.objects.create(account_id=key, amount=1)
+
+    @in_request
+    async def hold(self, key, wait):
+        if self.blocks:
+            await sync_to_async(self._hold_in_thread)(key, wait)
+            return
+        from django.db import transaction
+
+        async with transaction.aatomic():
+            await self.models.Account.objects.select_for_update().aget(pk=key)
+            await wait()
+
+    def _hold_in_thread(self, key, wait):
+        from django.db import transaction
+
+        with transaction.atomic():
+            self.models.Account.objects.select_for_update().get(pk=key)
+            wait()
 
     @in_request
     async def prefetch(self, start):

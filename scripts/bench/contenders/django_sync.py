@@ -48,6 +48,13 @@ class Contender:
             account.save(update_fields=["balance"])
             self.models.Entry.objects.create(account_id=key, amount=1)
 
+    def hold(self, key, wait):
+        from django.db import transaction
+
+        with transaction.atomic():
+            self.models.Account.objects.select_for_update().get(pk=key)
+            wait()
+
     def prefetch(self, start):
         authors = self.models.Author.objects.filter(
             pk__gte=start, pk__lt=start + AUTHORS_READ
