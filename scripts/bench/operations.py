@@ -38,7 +38,7 @@ class Operation:
     # The shortest time that it can take, in seconds.
     at_least: float = 0
     # How long a measurement lasts besides the seconds asked for, to estimate.
-    overhead: float = 0.6
+    overhead: float = 0.5
     # What psycopg does instead, if it's a view that wrk asks for.
     view_of: str | None = None
 

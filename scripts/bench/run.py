@@ -27,7 +27,8 @@ takes a few minutes, whose figures say little.
 
 What transactions need that wait is measured first (see waiting_memory.py). The
 instructions that synchronous Django executes are counted by instructions.py;
-if it was run before for the same patches, they are in the tables, too.
+if it was run before for the same patches, they are in the tables, too. Ctrl-C
+ends the run with tables of what was measured until then.
 
 Exit status: 0 done, 1 a contender's result was wrong or it failed, 2 it can't
 run here; the error says what to do. A contender that can't be installed, or
@@ -75,13 +76,14 @@ PATIENCE = 120
 # The seconds that a measurement has at least, if --minutes decides.
 SHORTEST = 0.5
 
-# About how many seconds it takes to start and verify a contender, and to
-# measure its waiting transactions.
-STARTING = 1.5
-WAITING = 2.5
+# About how many seconds it takes to start and verify a contender, for each
+# task to end, and to measure waiting transactions.
+STARTING = 1
+PER_TASK = 0.002
+WAITING = 2
 
 # Whose waiting transactions are measured.
-HOLDING = ("native", "thread", "stock-async", "stock-sync")
+HOLDING = ("native", "stock-async", "stock-sync")
 
 # Seconds between two looks at the threads of a process.
 INTERVAL = 0.02
@@ -223,6 +225,11 @@ class Benchmark:
                     self.results["versions"][name] += ", the fork's patches"
         self.contenders = {name: everybody[name] for name in self.pythons}
         self.tree = self.options.tree or environments.fork(cache, progress)
+        try:
+            self.plotting = environments.environment(cache, ["matplotlib"], progress)
+        except environments.NotInstalled as error:
+            self.plotting = None
+            self.leave_out("Plots", f"matplotlib can't be installed: {error}")
 
     def start(self, name, stack):
         """Start a worker that runs as long as the stack is open."""
@@ -280,7 +287,7 @@ class Benchmark:
             for tasks in self.tasks(operation):
                 for number in range(self.options.rounds):
                     self.run_round(workers, operation, tasks, number)
-                    self.done += self.duration(operation)
+                    self.done += self.duration(operation, tasks)
 
     def tasks(self, operation):
         """Return the numbers of tasks to measure it with."""
@@ -310,16 +317,20 @@ class Benchmark:
         )
 
     def whole_duration(self, operation):
-        rounds = self.options.rounds * len(self.tasks(operation))
-        # Each contender starts, and is verified.
-        return rounds * self.duration(operation) + STARTING * len(self.participants())
+        measuring = sum(
+            self.duration(operation, tasks) for tasks in self.tasks(operation)
+        )
+        starting = STARTING * len(self.participants())
+        return self.options.rounds * measuring + starting
 
-    def duration(self, operation):
+    def duration(self, operation, tasks):
         """Return about how many seconds a round takes."""
         # Neither other ORMs nor threads have views here.
         number = 4 if operation.view_of else len(self.participants())
         seconds = 0 if operation.once else self.options.seconds
-        return min(number, len(self.participants())) * (seconds + operation.overhead)
+        # When the time is up, each task has a call that hasn't returned.
+        seconds += operation.overhead + (0 if operation.once else PER_TASK * tasks)
+        return min(number, len(self.participants())) * seconds
 
     def whole_waiting(self):
         return self.options.rounds * self.waiting_duration()
@@ -442,15 +453,10 @@ class Benchmark:
                 )
         results = self.write_measurements()
         (output / "results.md").write_text("\n".join(report.page(self.results)) + "\n")
-        try:
-            python = environments.environment(
-                self.options.cache, ["matplotlib"], progress
-            )
-        except environments.NotInstalled as error:
-            self.leave_out("Plots", f"matplotlib can't be installed: {error}")
-            return
-        progress("Drawing")
-        subprocess.run([python, BENCH / "plots.py", results, output], check=True)
+        if self.plotting:
+            progress("Drawing")
+            command = [self.plotting, BENCH / "plots.py", results, output]
+            subprocess.run(command, check=True)
 
 
 def versions(python):
@@ -544,6 +550,9 @@ def main():
     except (ServerError, environments.NotInstalled, WorkerError) as error:
         raise Unusable(str(error)) from error
     except KeyboardInterrupt:
+        if benchmark.results["measurements"]:
+            benchmark.leave_out("The rest", "The run was interrupted.")
+            benchmark.write()
         sys.exit(128 + signal.SIGINT)
     benchmark.write()
     print()

@@ -203,7 +203,7 @@ class PlanTests(unittest.TestCase):
         get, sleep = (operations.OPERATIONS[name] for name in ("get", "sleep"))
         self.assertAlmostEqual(
             benchmark.whole,
-            5 * 3 * 2 * (2 + get.overhead)
+            5 * 2 * (3 * (2 + get.overhead) + run.PER_TASK * (1 + 50 + 500))
             + 5 * 1 * 2 * sleep.overhead
             + 2 * 2 * run.STARTING
             + 5 * 3 * run.WAITING,
@@ -212,10 +212,10 @@ class PlanTests(unittest.TestCase):
         self.assertEqual(benchmark.left(), "about 0 minutes left")
 
     def test_minutes(self):
-        benchmark, output = self.plan(minutes=4)
-        self.assertAlmostEqual(benchmark.whole, 240)
+        benchmark, output = self.plan(minutes=3)
+        self.assertAlmostEqual(benchmark.whole, 180)
         self.assertGreater(benchmark.options.seconds, run.SHORTEST)
-        self.assertIn("Estimated: 4 minutes, 5 rounds", output)
+        self.assertIn("Estimated: 3 minutes, 5 rounds", output)
 
     def test_too_few_minutes(self):
         with self.assertRaisesRegex(run.Unusable, "1 minutes are too short"):
