@@ -209,8 +209,10 @@ def _ahead(results):
         by_contender = {
             name: ratios(rates, "native", name)
             for name in ORMS_ON_PSYCOPG
-            if ratios(rates, "native", name)
+            # A single task can't be faster than a thread that needs no loop.
+            if not (name == "stock-sync" and case[1] == 1)
         }
+        by_contender = {name: found for name, found in by_contender.items() if found}
         if by_contender:
             best = min(by_contender, key=lambda name: median(by_contender[name]))
             yield Goal(

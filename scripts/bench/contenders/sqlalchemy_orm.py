@@ -157,7 +157,7 @@ class Contender:
         # Its cursors end with the transaction.
         async with self.writing() as session:
             result = await session.stream_scalars(items)
-            # Iterating over single rows would take several times as long.
+            # It takes longer to iterate over single rows.
             async for partition in result.partitions():
                 for item in partition:
                     count += 1
