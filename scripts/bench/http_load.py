@@ -10,8 +10,9 @@ import socket
 import time
 import urllib.request
 
-# In seconds.
+# In seconds. wrk measures whole ones.
 WARM_UP = 1
+SHORTEST = 2
 START_TIMEOUT = 30
 
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1, "m": 60}
@@ -65,9 +66,13 @@ async def measure(contender, operation, connections, duration, meter):
     async with serving(contender, operation) as url:
         await wrk(url, connections, WARM_UP)
         meter.start()
-        output = await wrk(url, connections, max(1, round(duration)))
+        output = await wrk(url, connections, whole(duration))
         meter.stop()
     return parse(output)
+
+
+def whole(duration):
+    return max(SHORTEST, round(duration))
 
 
 async def wrk(url, connections, duration):

@@ -18,7 +18,7 @@ what a dictionary or the allocator does with them. The figure is the median,
 and the ratio is shown with its least and greatest.
 
 Write instructions.json and instructions.md into docs/benchmarks/. It takes
-about five minutes.
+about ten minutes.
 
 Exit status: 0 no piece takes more than the limit allows, 1 one does, 2 it
 can't run here; the error says what to do.

@@ -99,7 +99,7 @@ OPERATIONS = {
             (50,),
             ITEMS,
             view_of="get",
-            overhead=2,
+            overhead=1.5,
         ),
         Operation(
             "http_atomic",
@@ -107,7 +107,7 @@ OPERATIONS = {
             (50,),
             ITEMS,
             view_of="get",
-            overhead=2,
+            overhead=1.5,
         ),
     ]
 }

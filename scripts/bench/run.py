@@ -53,6 +53,7 @@ BENCH = pathlib.Path(__file__).resolve().parent
 sys.path.insert(1, str(BENCH.parent))
 
 import environments  # noqa: E402
+import http_load  # noqa: E402
 import postgres  # noqa: E402
 import report  # noqa: E402
 from chain import (  # noqa: E402
@@ -244,7 +245,7 @@ class Benchmark:
             self.log = stack.enter_context(open(self.options.cache / "log", "w+"))
             self.observer = self.start(OBSERVER, stack)
             self.observer.ask("call", method="prepare")
-            stack.callback(self.observer.ask, "call", method="clean_up")
+            stack.callback(self.clean_up)
             load = " ".join(f"{value:.1f}" for value in os.getloadavg())
             if os.getloadavg()[0] > os.cpu_count() / 2:
                 self.leave_out("A quiet machine", BUSY_HINT.format(load))
@@ -268,22 +269,30 @@ class Benchmark:
                     # If it's interrupted, these aren't lost.
                     self.write_measurements()
 
+    def clean_up(self):
+        # A terminal's Ctrl-C has ended the observer, too.
+        with contextlib.ExitStack() as stack:
+            self.start(OBSERVER, stack).ask("call", method="clean_up")
+
     def compare(self, operation):
         """Measure an operation with all contenders that can do it."""
         with contextlib.ExitStack() as stack:
             workers = {}
+            unable = []
             for name in self.results["titles"]:
                 try:
                     worker = self.start(name, stack)
                     if not worker.ask("can", operation=operation.name):
-                        what = f"{worker.contender.title}: {operation.title}"
-                        self.leave_out(what, "It has no such operation.")
+                        unable.append(worker.contender.title)
                         continue
                     self.verify(worker, operation)
                 except WorkerError as error:
                     self.fail(self.results["titles"][name], operation, error)
                 else:
                     workers[name] = worker
+            if unable:
+                why = f"There is no such operation: {', '.join(unable)}."
+                self.leave_out(operation.title, why)
             for tasks in self.tasks(operation):
                 for number in range(self.options.rounds):
                     self.run_round(workers, operation, tasks, number)
@@ -328,6 +337,8 @@ class Benchmark:
         # Neither other ORMs nor threads have views here.
         number = 4 if operation.view_of else len(self.participants())
         seconds = 0 if operation.once else self.options.seconds
+        if operation.view_of:
+            seconds = http_load.whole(seconds)
         # When the time is up, each task has a call that hasn't returned.
         seconds += operation.overhead + (0 if operation.once else PER_TASK * tasks)
         return min(number, len(self.participants())) * seconds
