@@ -296,7 +296,7 @@ class Benchmark:
             for tasks in self.tasks(operation):
                 for number in range(self.options.rounds):
                     self.run_round(workers, operation, tasks, number)
-                    self.done += self.duration(operation, tasks)
+                    self.done += self.duration(operation, tasks, self.options.seconds)
 
     def tasks(self, operation):
         """Return the numbers of tasks to measure it with."""
@@ -305,46 +305,46 @@ class Benchmark:
     def plan(self):
         """Fit the measurements into the time there is, and tell how long."""
         options = self.options
-        operations = [OPERATIONS[name] for name in options.operations]
         if options.minutes:
-            options.seconds = 0
-            fixed = sum(map(self.whole_duration, operations)) + self.whole_waiting()
-            options.seconds = 1
-            each = sum(map(self.whole_duration, operations)) + self.whole_waiting()
-            options.seconds = (options.minutes * 60 - fixed) / max(1, each - fixed)
+            fixed = self.estimate(0)
+            slope = self.estimate(1) - fixed
+            options.seconds = (options.minutes * 60 - fixed) / slope if slope else 0
             if options.seconds < SHORTEST:
                 raise Unusable(
                     f"{options.minutes:g} minutes are too short: {SHORTEST} s for each "
-                    f"measurement need {(fixed + SHORTEST * (each - fixed)) / 60:.0f}."
+                    f"measurement need {(fixed + SHORTEST * slope) / 60:.0f}."
                 )
         self.done = 0
-        self.whole = sum(map(self.whole_duration, operations)) + self.whole_waiting()
+        self.whole = self.estimate(options.seconds)
         self.started = time.monotonic()
         progress(
             f"Estimated: {self.whole / 60:.0f} minutes, {options.rounds} rounds, "
             f"{options.seconds:.2f} s for each measurement"
         )
 
-    def whole_duration(self, operation):
-        measuring = sum(
-            self.duration(operation, tasks) for tasks in self.tasks(operation)
+    def estimate(self, seconds):
+        """Return how long all takes, with so many seconds per measurement."""
+        operations = [OPERATIONS[name] for name in self.options.operations]
+        a_round = self.waiting_duration() + sum(
+            self.duration(operation, tasks, seconds)
+            for operation in operations
+            for tasks in self.tasks(operation)
         )
-        starting = STARTING * len(self.participants())
-        return self.options.rounds * measuring + starting
+        starting = STARTING * len(operations) * len(self.participants())
+        return self.options.rounds * a_round + starting
 
-    def duration(self, operation, tasks):
-        """Return about how many seconds a round takes."""
-        # Neither other ORMs nor threads have views here.
-        number = 4 if operation.view_of else len(self.participants())
-        seconds = 0 if operation.once else self.options.seconds
+    def duration(self, operation, tasks, seconds):
+        """Return how long a round takes."""
+        number = len(self.participants())
         if operation.view_of:
-            seconds = http_load.whole(seconds)
-        # When the time is up, each task has a call that hasn't returned.
-        seconds += operation.overhead + (0 if operation.once else PER_TASK * tasks)
-        return min(number, len(self.participants())) * seconds
-
-    def whole_waiting(self):
-        return self.options.rounds * self.waiting_duration()
+            # Other ORMs and threads have no views here.
+            number, seconds = min(number, 3), http_load.whole(seconds)
+        if operation.once:
+            seconds = 0
+        else:
+            # When the time is up, each task has a call that hasn't returned.
+            seconds += PER_TASK * tasks
+        return number * (seconds + operation.overhead)
 
     def waiting_duration(self):
         return WAITING * (1 + 2 * len(self.waiting_participants()))
