@@ -93,7 +93,7 @@ def parse(output):
     number = r"([0-9.]+)(us|ms|s|m)"
     summary = re.search(rf"^ *(\d+) requests in {number},", output, re.M)
     p50, p99 = (
-        re.search(rf"^ *{percent}% +{number}$", output, re.M) for percent in (50, 99)
+        re.search(rf"^ *{percent}% +{number} *$", output, re.M) for percent in (50, 99)
     )
     if "Non-2xx" in output or not (summary and p50 and p99):
         raise HttpError(f"wrk found no server that answers:\n{output}")

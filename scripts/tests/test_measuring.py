@@ -358,6 +358,11 @@ Transfer/sec:     24.51KB
         self.assertAlmostEqual(found["p50"], 0.54986)
         self.assertAlmostEqual(found["p99"], 1.25)
 
+    def test_padding(self):
+        """wrk pads the units of one letter."""
+        found = http_load.parse(self.output.replace("1.25s", "1.25s "))
+        self.assertAlmostEqual(found["p99"], 1.25)
+
     def test_failure(self):
         failed = "  Non-2xx or 3xx responses: 3\n"
         for output in (self.output + failed, ""):
