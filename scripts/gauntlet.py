@@ -86,8 +86,8 @@ class Combination:
         self.rounds += 1
         self.violations += result["violation"] is not None
         for name, number in result["counts"].items():
-            # What's "longest" isn't added up.
-            combine = max if "longest" in name else int.__add__
+            # What's the most or the longest isn't added up.
+            combine = max if name.startswith(("most", "longest")) else int.__add__
             self.counts[name] = combine(self.counts.get(name, 0), number)
 
 

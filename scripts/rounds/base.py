@@ -22,6 +22,10 @@ import traceback
 # processor. A lock that is waited for takes much longer.
 STALL_LIMIT = 0.5
 
+# What a round may leave to Python's allocator, in MiB. The rounds of memory.py
+# look closer.
+MEMORY_LIMIT = 64
+
 # Seconds between two looks at an event loop.
 STALL_INTERVAL = 0.05
 
@@ -60,6 +64,8 @@ class Round:
         self.mode = mode
         # The longest stall of an event loop, in seconds.
         self.stall = 0
+        # How much a process has grown, in MiB.
+        self.grown = 0
 
     def settings(self, database):
         """
@@ -121,6 +127,13 @@ class Round:
         from django.conf import settings
 
         return Observer(settings.DATABASES["default"])
+
+    def count_memory(self, before, after):
+        """Raise Violation if a process has grown by too many MiB."""
+        grown = after - before
+        self.grown = max(self.grown, grown)
+        if grown > MEMORY_LIMIT:
+            raise Violation(f"A process has grown by {grown:.0f} MiB.")
 
     def run_async(self, main, loop_factory=None):
         """

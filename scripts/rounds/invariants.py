@@ -6,8 +6,11 @@ all connections have been closed. So whatever there's more of was lost.
 """
 
 import asyncio
+import functools
 import gc
+import json
 import logging
+import operator
 import os
 import re
 import sys
@@ -16,7 +19,6 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from functools import partial
 
 from rounds.base import Violation
 
@@ -24,8 +26,10 @@ from rounds.base import Violation
 # notice the end of a connection a bit later.
 PATIENCE = 10
 
-# What a round may leave to Python's allocator, in MiB.
-MEMORY_LIMIT = 64
+# How many more objects of a type there may be, and how many more blocks: some
+# anyway, and some for each operation.
+OBJECTS = 60, 0.1
+BLOCKS = 3000, 0.5
 
 # Classes whose objects are counted: of connections, also the drivers', of what
 # the fork adds, and of tasks. asgiref's threads keep loops, but closed ones.
@@ -167,9 +171,7 @@ def check(this, recorder, before, memory_before):
     eventually(
         lambda: State().more_than(before), "The round has left more than there was"
     )
-    grown = memory() - memory_before
-    if grown > MEMORY_LIMIT:
-        raise Violation(f"The process has grown by {grown:.0f} MiB.")
+    this.count_memory(memory_before, memory())
     recorder.check(this.expected_messages)
 
 
@@ -252,7 +254,65 @@ def check_sessions(this):
             (LOCKS, "A session has a lock"),
         ):
             if query := queries.get(observer.vendor):
-                eventually(partial(observer.rows, query), message)
+                eventually(functools.partial(observer.rows, query), message)
         close_connections()
         if query := SESSIONS.get(observer.vendor):
-            eventually(partial(observer.rows, query), "A session wasn't closed")
+            eventually(
+                functools.partial(observer.rows, query), "A session wasn't closed"
+            )
+
+
+class Count:
+    """What the process has in memory."""
+
+    def __init__(self):
+        gc.collect()
+        self.blocks = sys.getallocatedblocks()
+        self.memory = memory()
+        objects = Counter(
+            f"{cls.__module__}.{cls.__qualname__}"
+            for cls in map(type, gc.get_objects())
+        )
+        # As one object, since what's kept here is counted, too.
+        self._objects = json.dumps(objects)
+
+    @property
+    def objects(self):
+        return Counter(json.loads(self._objects))
+
+    def __str__(self):
+        return f"{self.blocks} blocks, {self.memory:.1f} MiB"
+
+
+def check_growth(counts, operations):
+    """
+    Return how many more blocks there are at each count of the second half than
+    at one of the first half. Raise Violation if that are too many of them, or
+    of objects, for the number of operations in between.
+    """
+    middle = len(counts) // 2
+    earlier, later = counts[:middle], counts[-middle:]
+    blocks = least_blocks(later) - least_blocks(earlier)
+    objects = least_objects(later) - least_objects(earlier)
+    most = max(objects.values(), default=0)
+    if exceeds(BLOCKS, operations, blocks) or exceeds(OBJECTS, operations, most):
+        lines = [f"{number} more: {name}" for name, number in objects.most_common(15)]
+        raise Violation(
+            f"After {operations} more operations, there are {blocks} more blocks, and "
+            f"of objects {lines[0]}",
+            "\n".join([*lines, *map(str, counts)]),
+        )
+    return blocks
+
+
+def exceeds(limit, operations, number):
+    anyway, each = limit
+    return number > anyway + each * operations
+
+
+def least_blocks(counts):
+    return min(count.blocks for count in counts)
+
+
+def least_objects(counts):
+    return functools.reduce(operator.and_, (count.objects for count in counts))

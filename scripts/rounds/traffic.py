@@ -64,6 +64,9 @@ EXPECTED = re.compile(
 
 STEPS_SHOWN = 15
 
+# Lines, in which all threads have a place.
+LOG_SHOWN = 300
+
 
 class Traffic(Round):
     name = "traffic"
@@ -212,7 +215,7 @@ class Traffic(Round):
         shown = {key: self.options[key] for key in list(self.options)[:6]}
         lines = [f"{name}: {value}" for name, value in shown.items()]
         lines += [f"clients: {self.clients_number}", "steps:", *map(str, steps)]
-        lines += ["the server's log:", *self.log().splitlines()[-60:]]
+        lines += ["the server's log:", *self.log().splitlines()[-LOG_SHOWN:]]
         return Violation(message, "\n".join(lines))
 
     # ##### The round #####
@@ -242,6 +245,7 @@ class Traffic(Round):
             asyncio.run(self.drive(use, self.clients_number))
         after = asyncio.run(self.settled_state(self.before))
         self.check_state(after, most)
+        self.count_memory(self.before["memory"], after["memory"])
         return {**self.count(), "longest stall, ms": round(1000 * after["stall"])}
 
     def count(self):
@@ -276,7 +280,10 @@ class Traffic(Round):
                 raise
             except Exception as error:
                 message = f"A request has failed. {type(error).__name__}: {error}"
-                raise self.violation(message, client.steps[-STEPS_SHOWN:]) from error
+                steps = client.steps[-STEPS_SHOWN:]
+                if isinstance(error, (TimeoutError, httpx.TimeoutException)):
+                    steps += await self.hanging()
+                raise self.violation(message, steps) from error
 
     @contextlib.contextmanager
     def watch_sessions(self):
@@ -318,6 +325,17 @@ class Traffic(Round):
         async with httpx.AsyncClient(timeout=TIMEOUT) as client:
             response = await client.get(f"http://{self.address}/state/")
             return response.json()
+
+    async def hanging(self):
+        """Return what the server does, as lines, and let its log say more."""
+        self.server.send_signal(signal.SIGUSR1)
+        lines = ["the sessions:", *map(str, self.sessions()), "the server's tasks:"]
+        try:
+            async with httpx.AsyncClient(timeout=PATIENCE) as client:
+                response = await client.get(f"http://{self.address}/tasks/")
+        except httpx.HTTPError as error:
+            return [*lines, f"It doesn't say: {error!r}"]
+        return [*lines, *response.json()]
 
     async def settled_state(self, before=None):
         """

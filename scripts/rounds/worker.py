@@ -108,6 +108,7 @@ def run_round(this, recorder):
     invariants.check(this, recorder, before, memory)
     if stall := round(1000 * this.stall):
         counts["longest stall, ms"] = stall
+    counts["most MiB more"] = round(this.grown)
     return counts
 
 

@@ -2,12 +2,15 @@ import contextlib
 import io
 import os
 import pathlib
+import random
 import tempfile
 import unittest
 from unittest import mock
 
 import gauntlet
 import run_tests
+from rounds import invariants
+from rounds.base import Violation
 
 TESTS = pathlib.Path(__file__).resolve().parent
 
@@ -135,6 +138,51 @@ class CommandTests(unittest.TestCase):
             code, _, stderr = call("--only", "programs", "--database", "postgres")
         self.assertEqual(code, 2)
         self.assertIn("does not answer", stderr)
+
+
+class Thing:
+    pass
+
+
+class MemoryTests(unittest.TestCase):
+    def count(self, operate, number=8):
+        counts = []
+        for _ in range(number):
+            for _ in range(100):
+                operate()
+            counts.append(invariants.Count())
+        return counts
+
+    def test_flat(self):
+        counts = self.count(list)
+        self.assertLess(invariants.check_growth(counts, 400), 100)
+        self.assertEqual(invariants.check_growth(counts[:1] * 7, 400), 0)
+
+    def test_objects(self):
+        """One for each operation is too much."""
+        leaked = []
+        counts = self.count(lambda: leaked.append(Thing()))
+        with self.assertRaises(Violation) as cm:
+            invariants.check_growth(counts, 400)
+        self.assertIn("400 more: test_gauntlet.Thing", cm.exception.message)
+
+    def test_blocks(self):
+        """The garbage collector doesn't know numbers."""
+        leaked = []
+        counts = self.count(lambda: leaked.extend(random.random() for _ in range(10)))
+        with self.assertRaises(Violation) as cm:
+            invariants.check_growth(counts, 400)
+        self.assertIn(" more blocks", cm.exception.message)
+
+    def test_once(self):
+        """What's created once isn't lost."""
+        kept = []
+        counts = self.count(list, 2)
+        kept += [Thing() for _ in range(500)]
+        counts += self.count(list, 6)
+        with self.assertRaises(Violation):
+            invariants.check_growth(counts, 400)
+        self.assertLess(invariants.check_growth(counts[2:], 300), 100)
 
 
 class ProgramsTests(unittest.TestCase):

@@ -4,10 +4,13 @@ what the round wants to know about the process.
 """
 
 import asyncio
+import faulthandler
 import gc
+import io
 import json
 import os
 import re
+import signal
 import sys
 import threading
 from collections import Counter
@@ -15,6 +18,7 @@ from contextlib import ExitStack
 
 from asgiref.sync import sync_to_async
 from rounds.base import watch_for_stalls
+from rounds.invariants import memory
 
 from django.conf import settings
 from django.core.asgi import get_asgi_application
@@ -27,6 +31,9 @@ from rounds.project.consumer import consume  # NOQA: E402 isort:skip
 
 stalls = None
 
+# The round asks for the stacks of threads by it, if it's not answered.
+faulthandler.register(signal.SIGUSR1)
+
 
 async def application(scope, receive, send):
     if scope["type"] == "lifespan":
@@ -35,6 +42,8 @@ async def application(scope, receive, send):
         await consume(scope, receive, send)
     elif scope["path"] == "/state/":
         await respond(send, state())
+    elif scope["path"] == "/tasks/":
+        await respond(send, task_stacks())
     else:
         with usage.Usage(scope["path"]):
             await handle_http(scope, receive, send)
@@ -69,6 +78,13 @@ async def respond(send, content):
     await send({"type": "http.response.body", "body": json.dumps(content).encode()})
 
 
+def task_stacks():
+    text = io.StringIO()
+    for task in asyncio.all_tasks():
+        task.print_stack(file=text)
+    return text.getvalue().splitlines()
+
+
 def state():
     """Return what the process has, without using a database."""
     gc.collect()
@@ -100,6 +116,7 @@ def state():
             "lent connections": lent,
         },
         "most_opened": usage.most_opened,
+        "memory": memory(),
         "stall": stalls.longest,
         "stack": stalls.stack,
         "python": sys.version.split()[0],
