@@ -13,7 +13,7 @@ finds out, and so does run_sync(), without any asynchronous code, if the
 program has a synchronous equivalent.
 
 Tasks work one after the other, so that there's one right outcome, but for
-Siblings: these may have seen what a committed one has written, all of it.
+Siblings: these may have seen what others have written, of a block all of it.
 """
 
 import asyncio
@@ -149,8 +149,8 @@ class Tasks(Step):
 @dataclass(frozen=True)
 class Siblings(Step):
     """
-    Tasks that don't wait for each other, with a block each. As receivers of
-    asend() do, they may share one context.
+    Tasks that don't wait for each other. Each has a block, or works in the one
+    around all of them. As receivers of asend() do, they may share one context.
     """
 
     shares_context: bool
@@ -332,11 +332,7 @@ def step_at(draw, place):
         return NewConnection(draw(steps_at(inner)))
     if kind == "cross":
         how = draw(st.sampled_from(place.crossings()))
-        closes = (
-            how in ("insensitive", "to_thread")
-            and not place.connected
-            and not place.refused
-        )
+        closes = how in ("insensitive", "to_thread") and not place.connected
         return Cross(how, closes, draw(steps_at(place.cross(how))))
     if kind == "tasks":
         how = draw(st.sampled_from(["create_task", "gather", "TaskGroup"]))
@@ -350,11 +346,9 @@ def step_at(draw, place):
             st.builds(Read, st.just("orm")),
             st.builds(Write, st.sampled_from(["orm", "raw"])),
         )
+        statement_lists = st.lists(statements, min_size=1, max_size=2)
         crossings = st.builds(
-            Cross,
-            st.sampled_from(hows),
-            st.just(False),
-            st.lists(statements, min_size=1, max_size=2),
+            Cross, st.sampled_from(hows), st.just(False), statement_lists
         )
         blocks = st.builds(
             Block,
@@ -366,7 +360,12 @@ def step_at(draw, place):
                 st.one_of(statements, crossings), min_size=1, max_size=LENGTH
             ),
         )
-        return Siblings(shares_context, draw(st.lists(blocks, min_size=2, max_size=3)))
+        siblings = [draw(blocks)]
+        if place.strict and not shares_context and not place.refused:
+            # What they write isn't rolled back with the blocks of others.
+            blocks = st.one_of(blocks, crossings, st.builds(Body, statement_lists))
+        siblings += draw(st.lists(blocks, min_size=1, max_size=2))
+        return Siblings(shares_context, siblings)
     if kind == "foreign":
         how = draw(st.sampled_from(["task", "thread"]))
         inner = place.elsewhere(
@@ -553,21 +552,19 @@ class Model:
         base = self.committed if session is None or refused else session.read()
         base = frozenset(base)
         paths = [
-            list(walk(block.steps, (*path, number)))
-            for number, block in enumerate(step.steps)
+            list(walk(sibling.steps, (*path, number)))
+            for number, sibling in enumerate(step.steps)
         ]
         written = [
-            frozenset(
-                show_path(path) for path, step in inner if isinstance(step, Write)
-            )
-            for inner in paths
+            written_at_once(sibling, inner) for sibling, inner in zip(step.steps, paths)
         ]
         self.run(step.steps, path, session, refused)
         for number, inner in enumerate(paths):
             others = [
                 names
-                for other, names in enumerate(written)
-                if other != number and not step.steps[other].fails
+                for other, groups in enumerate(written)
+                for names in groups
+                if other != number
             ]
             own = set()
             for path_of_statement, statement in inner:
@@ -578,6 +575,14 @@ class Model:
                     and self.outcomes[path_of_statement] != REFUSED
                 ):
                     self.outcomes[path_of_statement] = AnyOf(base | own, others)
+
+
+def written_at_once(sibling, steps):
+    """Return sets of what others see of a sibling: all of each, or nothing."""
+    names = [show_path(path) for path, step in steps if isinstance(step, Write)]
+    if not isinstance(sibling, Block):
+        return [frozenset([name]) for name in names]
+    return [] if sibling.fails else [frozenset(names)]
 
 
 # ##### What they do #####
@@ -858,9 +863,12 @@ class Program:
     async def asiblings(self, step, path):
         context = contextvars.copy_context() if step.shares_context else None
         async with asyncio.TaskGroup() as group:
-            for number, block in enumerate(step.steps):
-                coroutine = self.ablock(block, (*path, number))
+            for number, sibling in enumerate(step.steps):
+                coroutine = self.arun_step(sibling, (*path, number))
                 group.create_task(coroutine, context=context)
+
+    async def abody(self, step, path):
+        await self.arun_steps(step.steps, path)
 
     async def aforeign(self, step, path):
         if step.how == "thread":
