@@ -10,9 +10,9 @@ what it breaks, then which promise doesn't hold any more ("Promise:") and who
 notices ("Caught by:"): a kind of database, as run_tests.py calls it, and
 labels of tests.
 
-Run all these tests on the unbroken tree. Then apply each patch to a copy of
-it, one at a time, run its tests until one fails, and take the patch back. A
-test that hangs fails when its time is up.
+Run all these tests on the unbroken tree, which takes a server of each kind.
+Then apply each patch to a copy of it, one at a time, run its tests until one
+fails, and take the patch back. A test that hangs fails when its time is up.
 
 Exit status: 0 every mutant was caught, 1 one survived or the unbroken tree
 fails, 2 a mutant can't be used: it has no such header, doesn't apply, or
