@@ -12,13 +12,14 @@ import asyncio
 import time
 
 from rounds.invariants import Count, check_growth
-from rounds.money import BALANCE, Money
+from rounds.money import BALANCE, CONCURRENT, Money
 
 # Transfers before the first count, in which caches fill, and pools grow.
 WARM_UP = 600
 
-# Counts that are compared at least.
+# Counts that are compared at least, and transfers.
 COUNTS = 8
+TRANSFERS = 600
 
 
 class Memory(Money):
@@ -33,10 +34,11 @@ class Memory(Money):
             # It's the warm-up of all rounds.
             await super().waves(server, deadline)
             return
+        self.slots = asyncio.Semaphore(CONCURRENT[self.database])
         for _ in range(WARM_UP // self.wave_size):
             await self.forgotten_wave(server)
-        self.counts.append(Count())
-        while len(self.counts) < COUNTS or time.monotonic() < deadline:
+        least = max(COUNTS, TRANSFERS // self.wave_size)
+        while len(self.counts) < least or time.monotonic() < deadline:
             await self.forgotten_wave(server)
             self.counts.append(Count())
 
@@ -44,6 +46,11 @@ class Memory(Money):
         """Make transfers, audit and forget them."""
         await self.wave(server)
         await asyncio.to_thread(self.close_books)
+        # asyncio doesn't drop timers as soon as they are cancelled, and keeps
+        # the contexts of requests with them.
+        for timer in asyncio.get_running_loop()._scheduled:
+            if timer.cancelled():
+                timer._context = None
         self.bank.counts["waves"] += 1
 
     def close_books(self):
