@@ -108,7 +108,8 @@ def run_round(this, recorder):
     invariants.check(this, recorder, before, memory)
     if stall := round(1000 * this.stall):
         counts["longest stall, ms"] = stall
-    counts["most MiB more"] = round(this.grown)
+    if grown := round(this.grown):
+        counts["most MiB more"] = grown
     return counts
 
 
