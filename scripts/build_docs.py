@@ -40,6 +40,9 @@ SPHINX += ["-D", "language=en"]
 
 WARNING = re.compile(r"^(?:.*: )?(?:WARNING|ERROR|CRITICAL): (.*)$", re.MULTILINE)
 
+# What sphinxcontrib-spelling says about a word.
+SPELLING = ": Spell check: "
+
 # What Sphinx says about the network, not about the documentation.
 UNREACHABLE = "failed to reach any of the inventories"
 
@@ -125,6 +128,15 @@ def check_command(tree, *command):
     return [process.stdout.rstrip()] if process.returncode else []
 
 
+def check_spelling(tree, directory, pages):
+    """
+    Return the misspelled words. What else there is to warn of was found by
+    check_html().
+    """
+    warnings = run_sphinx("spelling", tree / "docs", directory / "words", pages)
+    return [line for line in warnings if SPELLING in line]
+
+
 def can_spell():
     """Return whether pyenchant is installed, and the library it needs."""
     try:
@@ -153,7 +165,7 @@ def check(tree, pristine, directory, known=None):
     )
     if can_spell():
         step(f"Checking the spelling of {len(pages)} pages")
-        problems += run_sphinx("spelling", tree / "docs", directory / "words", pages)
+        problems += check_spelling(tree, directory, pages)
     else:
         print("Not checked: the spelling. It needs enchant and an English dictionary.")
     return problems

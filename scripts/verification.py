@@ -146,9 +146,10 @@ class Verification:
         """The documentation is sound, if it changes any."""
         if not self.paths(commit, "docs/"):
             return None
-        output = self.directory / f"docs-{commit}"
+        # Sphinx only reads again what differs from the commit built before.
+        output = self.directory / "docs"
         for folder in ("fork", "words"):
-            (output / folder).mkdir(parents=True)
+            (output / folder).mkdir(parents=True, exist_ok=True)
         # Built once, however many commits there are.
         return build_docs.check(
             self.git.directory, self.pristine.directory, output, self.known_warnings

@@ -18,6 +18,13 @@ exclude_patterns = ["_build"]
 extensions = ["sphinx.ext.intersphinx"]
 # A port that nobody listens to, in place of a network.
 intersphinx_mapping = {"python": ("http://127.0.0.1:9", None)}
+
+import sys
+
+if "spelling" in sys.argv:
+    extensions.append("sphinxcontrib.spelling")
+spelling_warning = True
+spelling_word_list_filename = "spelling_wordlist"
 """
 
 CONTENTS = """\
@@ -61,6 +68,7 @@ class BuildDocsTests(unittest.TestCase):
         self.write("docs/conf.py", CONF)
         self.write("docs/lint.py", LINT)
         self.write("docs/contents.txt", CONTENTS)
+        self.write("docs/spelling_wordlist", "toctree\n")
         self.write("docs/topic.txt", TOPIC)
         git("add", "--all")
         git.commit("Django 6.1.3")
@@ -126,6 +134,15 @@ class BuildDocsTests(unittest.TestCase):
     def test_code(self):
         self.write("docs/topic.txt", f"{TOPIC}\nCode::\n\n    f( 'x' )\n")
         self.assertProblem("topic.txt: Requires a rewrite.")
+
+    @unittest.skipUnless(build_docs.can_spell(), "Needs enchant and a dictionary.")
+    def test_spelling(self):
+        """References that can't be resolved are no matter of spelling."""
+        self.write("docs/topic.txt", f"{TOPIC}\nUse :func:`asyncio.run` heer.\n")
+        process = self.call()
+        self.assertEqual(process.returncode, 1, process.stdout + process.stderr)
+        [problem] = process.stderr.partition("problems:\n")[2].splitlines()
+        self.assertIn("topic.txt:6: : Spell check: heer: ", problem)
 
     def test_no_changed_page(self):
         process = self.call()
