@@ -6,8 +6,12 @@ from docutils.core import publish_doctree
 
 DRAFT = Path(__file__).parents[2] / "docs" / "dep_draft.rst"
 
-# The licence that DEP 1 asks for.
-COPYRIGHT = "CC0 1.0 Universal license"
+# What DEP 1's template asks for: "All DEPs must include this exact copyright
+# statement."
+COPYRIGHT = """
+This document has been placed in the public domain per the Creative Commons
+CC0 1.0 Universal license (http://creativecommons.org/publicdomain/zero/1.0/deed).
+"""
 
 
 class DraftTests(unittest.TestCase):
@@ -24,7 +28,15 @@ class DraftTests(unittest.TestCase):
         self.assertEqual(warnings, [])
 
     def test_copyright(self):
-        self.assertIn(COPYRIGHT, " ".join(self.text.split()))
+        self.assertIs(self.text.endswith(f"Copyright\n=========\n{COPYRIGHT}"), True)
+
+    def test_pictures(self):
+        """They are where it says."""
+        pictures = re.findall(r"^\.\. figure:: (.*)$", self.text, re.MULTILINE)
+        self.assertEqual(
+            {DRAFT.parent / picture for picture in pictures},
+            set((DRAFT.parent / "pictures").iterdir()),
+        )
 
     def test_width(self):
         """All lines but that of the licence, which is quoted."""
