@@ -640,12 +640,7 @@ def close_cursors(connection):
 
 def native_mode(alias):
     """Return django.db.native if that's how a database is waited for."""
-    if alias not in connections.native_aliases:
-        return None
-    # It imports this module.
-    from django.db import native
-
-    return native
+    return connections.native if alias in connections.native_aliases else None
 
 
 def desert_session(block):

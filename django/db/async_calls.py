@@ -14,8 +14,9 @@ native database can be used as well. In the bridge, any other is refused.
 
 import asyncio
 from contextlib import suppress
-from functools import partial, wraps
-from inspect import iscoroutinefunction
+from functools import partial
+from inspect import CO_COROUTINE, iscoroutinefunction
+from types import FunctionType
 
 from asgiref import sync
 
@@ -28,6 +29,9 @@ def is_asynchronous(func):
     Return whether `func` is a coroutine function, or an object that's called
     like one.
     """
+    if type(func) is FunctionType and not func.__dict__:
+        # Neither marked nor wrapped. inspect takes its time to say the same.
+        return bool(func.__code__.co_flags & CO_COROUTINE)
     return iscoroutinefunction(func) or iscoroutinefunction(type(func).__call__)
 
 
@@ -55,31 +59,29 @@ def sync_to_async(func, using=None):
     Return a coroutine function that calls `func`, which uses the database
     `using`. If it's a method of the ORM, that doesn't have to be given.
     """
-    run_in_thread = sync.sync_to_async(func)
-
-    def call_in_thread(*args, **kwargs):
-        belonging.claim()
-        if belonging.current() is None:
-            return run_in_thread(*args, **kwargs)
-        return _run_in_turn(partial(func, *args, **kwargs))
-
-    @wraps(func)
-    def inner(*args, **kwargs):
-        if not connections.native_aliases:
-            return call_in_thread(*args, **kwargs)
-        call = partial(func, *args, **kwargs)
-        if len(connections.native_aliases) == len(connections.settings):
-            return run_natively(call)
-        return _run_as_due(call, partial(call_in_thread, *args, **kwargs), using)
-
-    return inner
+    return partial(_call, func, using)
 
 
-async def run_natively(func):
-    from django.db import native
+def _call(func, using, /, *args, **kwargs):
+    call = partial(func, *args, **kwargs)
+    if not connections.native_aliases:
+        return _call_in_thread(call)
+    if len(connections.native_aliases) == len(connections.settings):
+        return run_natively(call)
+    return _run_as_due(call, using)
 
+
+def _call_in_thread(call):
+    belonging.claim()
+    if belonging.current() is None:
+        return sync.sync_to_async(call.func)(*call.args, **call.keywords)
+    return _run_in_turn(call)
+
+
+def run_natively(func):
+    native = connections.native
     native.check(min(connections.native_aliases))
-    return await native.run(func)
+    return native.run(func)
 
 
 async def run_sync(func, /, *args, **kwargs):
@@ -96,7 +98,7 @@ async def run_sync(func, /, *args, **kwargs):
     return await sync_to_async(func)(*args, **kwargs)
 
 
-async def _run_as_due(call, call_in_thread, using):
+async def _run_as_due(call, using):
     """Call a function where the database that it's for has to be used."""
 
     def call_if_native():
@@ -111,7 +113,7 @@ async def _run_as_due(call, call_in_thread, using):
         return False, None
 
     called, result = await run_natively(call_if_native)
-    return result if called else await call_in_thread()
+    return result if called else await _call_in_thread(call)
 
 
 def alias_of(func, args, kwargs):

@@ -38,8 +38,10 @@ asgiref in both directions. Its value is tagged with the thread that asgiref
 brought it to, as the values of an asgiref.local.Local are. And what a task has
 opened is kept for the task itself, because tasks may share one context: a task
 isn't inside a block that another task, still running, opened in there. In such
-a context the variable is corrected before asgiref copies it (see claim());
-what else copies it may see the block of the other task.
+a context the variable is corrected before asgiref copies it for functions that
+are thread-sensitive, when it asks for their thread (see claim()). For others,
+and by asyncio.to_thread(), it's copied without anything being asked, and the
+thread isn't told the task. They may see the block of the other task.
 
 A block may be left in another context than it was entered in. The variable may
 then go on holding a block that has ended, so it never counts by itself.
@@ -205,7 +207,8 @@ def current():
     """
     storage = inherited.get(None)
     block = None if storage is None else storage.data
-    task = running_task()
+    loop = asyncio._get_running_loop()
+    task = None if loop is None else asyncio.current_task(loop)
     if task is None:
         while block is not None and block.ended and _is_back(block):
             restore(block)
@@ -431,6 +434,9 @@ def _find(matches, refuse=True):
     for block in chain(block):
         if not matches(block):
             continue
+        if block.strict and not block.ended:
+            # What's usual in asynchronous code, and would be decided below.
+            return block
         decision = decide(
             strict=block.strict,
             ended=block.ended,

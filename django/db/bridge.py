@@ -30,7 +30,7 @@ Nothing in here knows of databases. greenlet is imported by the first run().
 import asyncio
 import sys
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial, wraps
 from threading import Lock, get_ident
 
@@ -60,29 +60,27 @@ class Bridge:
     greenlet nor, strongly, to the task: those cycles are never collected.
     """
 
+    # The greenlet that runs the task, and what it's asked to await.
+    parent = None
+    awaitable = None
+    # How many shielded() blocks are open, and what came meanwhile.
+    shields = 0
+    cancelled = None
+    closed = False
+    # For the use of the callers: a function that's called before the code goes
+    # over to a coroutine, and what the code has leased.
+    before_coroutine = None
+    leases = None
+
     def __init__(self):
-        self.task = _running_task()
-        if self.task is not None:
-            self.task = weakref.ref(self.task)
+        task = _running_task()
+        # A function that returns it, or None if it's no task's.
+        self.task = _no_task if task is None else weakref.ref(task)
         self.thread_ident = get_ident()
-        # The greenlet that runs the task, and what it's asked to await.
-        self.parent = None
-        self.awaitable = None
-        # How many shielded() blocks are open, and what came meanwhile.
-        self.shields = 0
-        self.cancelled = None
-        self.closed = False
-        # Called before the code goes over to a coroutine.
-        self.before_coroutine = None
 
     def take_awaitable(self):
         awaitable, self.awaitable = self.awaitable, None
         return awaitable
-
-    def is_in_task(self):
-        # An eager task begins in the greenlet that creates it.
-        task = _running_task()
-        return task is None if self.task is None else task is self.task()
 
 
 def _running_task():
@@ -90,12 +88,22 @@ def _running_task():
     return None if loop is None else asyncio.current_task(loop)
 
 
+def _no_task():
+    return None
+
+
 def current():
     """Return the Bridge that the calling code runs in, or None."""
     if greenlet is None:
         return None
     bridge = getattr(greenlet.getcurrent(), "django_bridge", None)
-    return bridge if bridge is not None and bridge.is_in_task() else None
+    if bridge is None:
+        return None
+    # An eager task begins in the greenlet that creates it. As every statement
+    # asks this several times, _running_task() isn't called for it.
+    loop = asyncio._get_running_loop()
+    task = None if loop is None else asyncio.current_task(loop)
+    return bridge if task is bridge.task() else None
 
 
 async def run(func, /, *args, **kwargs):
@@ -190,6 +198,10 @@ class Event:
     def set(self):
         """Set it and return True, or False if the event loop was closed."""
         self._is_set = True
+        if asyncio._get_running_loop() is self._loop:
+            # It needn't be woken up.
+            self._wake()
+            return True
         try:
             self._loop.call_soon_threadsafe(self._wake)
         except RuntimeError:
@@ -203,17 +215,19 @@ class Event:
 
     def wait(self, timeout):
         """Return whether it was set within `timeout` seconds."""
-        try:
-            await_(self._wait(timeout))
-        except TimeoutError:
-            pass
+        await_(self._wait(timeout))
         return self._is_set
 
     async def _wait(self, timeout):
         future = self._loop.create_future()
         self._future = weakref.ref(future)
-        if not self._is_set:
-            await asyncio.wait_for(future, timeout)
+        if self._is_set:
+            return
+        timer = self._loop.call_later(timeout, self._wake)
+        try:
+            await future
+        finally:
+            timer.cancel()
 
 
 class TurnWaiter:
@@ -230,8 +244,7 @@ class TurnWaiter:
         self._event.wait(timeout)
 
 
-@contextmanager
-def shielded():
+class shielded:
     """
     Let the code inside wait undisturbed by a cancellation of the task. The
     CancelledError is raised at the end.
@@ -242,14 +255,19 @@ def shielded():
 
     It has no effect outside of the bridge.
     """
-    bridge = current()
-    if bridge is None:
-        yield
-        return
-    bridge.shields += 1
-    try:
-        yield
-    finally:
+
+    # Every operation does this, so it isn't a generator.
+    __slots__ = ("_bridge",)
+
+    def __enter__(self):
+        self._bridge = current()
+        if self._bridge is not None:
+            self._bridge.shields += 1
+
+    def __exit__(self, *exc_info):
+        bridge = self._bridge
+        if bridge is None:
+            return
         bridge.shields -= 1
         if not bridge.shields and bridge.cancelled is not None:
             cancelled, bridge.cancelled = bridge.cancelled, None

@@ -40,6 +40,5 @@ async def aclose_all():
 
 async def _call_natively(name):
     if connections.native_aliases:
-        from django.db import native
-
+        native = connections.native
         await native.run(lambda: native.call_idle(name))

@@ -24,12 +24,13 @@ import sys
 import threading
 import weakref
 from _thread import get_ident
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache, partial
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import async_atomic, belonging, bridge, connections, scopes, sharing
+from django.db.backends.signals import connection_created
 from django.db.utils import Error
 
 # What all wrappers have, and tasks inherit along with attributes that are only
@@ -37,7 +38,7 @@ from django.db.utils import Error
 INHERITED_ATTRIBUTES = ["force_debug_cursor", "queries_log"]
 
 # What the wrappers here have besides.
-PRIVATE_ATTRIBUTES = ["cursors", "has_inherited", "lease_count"]
+PRIVATE_ATTRIBUTES = ["cursors", "has_inherited", "lease_count", "rests"]
 
 # The aliases that have been checked on each event loop.
 _checked = weakref.WeakKeyDictionary()
@@ -68,9 +69,9 @@ async def run(func, block=None, shielded=False):
     if block is not None:
         func = partial(belonging.call_for, block, func)
     belonging.claim()
-    if task in _operations:
+    if (leases := _operations.get(task)) is not None:
         # It's called by a coroutine that code in the bridge awaits.
-        return await bridge.run(_call_in_operation, func, _operations[task])
+        return await bridge.run(_call_in_operation, func, leases)
     _operations[task] = leases = {}
     try:
         return await bridge.run(_call_with_leases, func, leases)
@@ -149,7 +150,9 @@ def _call_shielded(func):
 
 
 def _call_in_operation(func, leases):
-    bridge.current().before_coroutine = partial(_pause, leases)
+    bridged = bridge.current()
+    bridged.leases = leases
+    bridged.before_coroutine = partial(_pause, leases)
     return func()
 
 
@@ -168,10 +171,17 @@ def _call_with_leases(func, leases):
         return _call_in_operation(func, leases)
     finally:
         if leases:
-            # Each, even if another one can't be ended.
-            with bridge.shielded(), ExitStack() as stack:
-                for lease in leases.values():
-                    stack.callback(lease.end)
+            with bridge.shielded():
+                _end(list(leases.values()))
+
+
+def _end(leases):
+    try:
+        leases.pop().end()
+    finally:
+        # Each, even if another one can't be ended.
+        if leases:
+            _end(leases)
 
 
 def connection_for(alias):
@@ -186,22 +196,23 @@ def connection_for(alias):
     if (block := belonging.block_for(alias)) is not None:
         sharing.share(block.connection)
         return block.connection
-    task = asyncio.current_task()
-    if task is None:
-        return None
-    if connections.settings[alias]["OPTIONS"].get("pool"):
-        lease_class = _PoolLease
-    else:
-        lease_class = _ScopeLease
-    if bridge.current() is None:
+    bridged = bridge.current()
+    if bridged is None:
+        if asyncio.current_task() is None:
+            return None
         # Asynchronous code can't use it, but look at it, and prepare it.
-        return lease_class.wrapper(alias)
-    leases = _operations.get(task)
+        return _lease_class(alias).wrapper(alias)
+    leases = bridged.leases
     if leases is None:
         return None
     if alias not in leases:
-        leases[alias] = lease_class(alias)
+        leases[alias] = _lease_class(alias)(alias)
     return leases[alias].connection
+
+
+def _lease_class(alias):
+    pool = connections.settings[alias]["OPTIONS"].get("pool")
+    return _PoolLease if pool else _ScopeLease
 
 
 def leased_connections():
@@ -236,13 +247,13 @@ def join(connection):
     Let the current operation, which has used a connection that may be leased
     to another task, return it if it's the last one.
     """
-    leases = None
-    if connection.serves_scope and bridge.current() is not None:
-        leases = _operations.get(asyncio.current_task())
-    if leases is None or any(
-        lease.connection is connection for lease in leases.values()
-    ):
+    bridged = bridge.current()
+    if not connection.serves_scope or bridged is None or bridged.leases is None:
         return
+    leases = bridged.leases
+    for lease in leases.values():
+        if lease.connection is connection:
+            return
     if connection.settings_dict["OPTIONS"].get("pool"):
         leases[connection] = _PoolLease(connection.alias, connection)
     else:
@@ -252,8 +263,12 @@ def join(connection):
 def _make_wrapper(alias):
     connection = async_atomic.make_connection(alias)
     connection.serves_scope = True
-    # How many leases there are of it, if it's a task's own.
+    # How many leases there are of it, if it's a task's own, and whether
+    # between them, it's as connect() would make it.
     connection.lease_count = 0
+    connection.rests = False
+    if connection.settings_dict["OPTIONS"].get("pool"):
+        connection.connect = partial(_connect, weakref.ref(connection))
     connection._cursor = partial(_cursor_in_turn, weakref.ref(connection))
     return connection
 
@@ -291,10 +306,10 @@ def _forget_error(connection):
 
 def has_open_cursors(connection):
     """Return whether a server-side cursor is open."""
-    return any(
-        getattr(cursor, "name", None) and not cursor.closed
-        for cursor in list(connection.cursors)
-    )
+    for cursor in list(connection.cursors):
+        if getattr(cursor, "name", None) and not cursor.closed:
+            return True
+    return False
 
 
 class _Lease:
@@ -419,6 +434,9 @@ def call_idle(name):
 
 def take_session(scope, connection):
     """Give a transaction the session of its scope, if nobody uses it."""
+    if connection.settings_dict["OPTIONS"].get("pool"):
+        # It gets one from there.
+        return
     with scope.lock:
         lease = _shared(scope, connection.alias)
         idle = lease.connection
@@ -466,10 +484,10 @@ class TaskWrapper:
         Set on another wrapper what was set on this one: by its users, or by
         its class if that isn't Django's, but nothing of Django's own state.
         """
-        own = _own_attributes(type(heir))
-        for name, value in vars(self.connection).copy().items():
-            was_set = name not in self._original or self._original[name] is not value
-            if was_set and name not in own:
+        attributes = vars(self.connection)
+        for name in attributes.keys() - _own_attributes(type(heir)):
+            value = attributes[name]
+            if name not in self._original or self._original[name] is not value:
                 setattr(heir, name, value)
                 heir.has_inherited = True
         if not heir.settings_dict["OPTIONS"].get("pool"):
@@ -529,6 +547,56 @@ def _is_plain(connection):
     return vars(connection).keys() <= _own_attributes(type(connection))
 
 
+# ##### With a pool, between operations #####
+
+
+@cache
+def _connects_as_django(wrapper_class):
+    """Return whether Django's own code is all that connects and closes."""
+    return all(
+        getattr(wrapper_class, name).__module__.startswith("django.db.backends.")
+        for name in ("connect", "init_connection_state", "close", "_close")
+    )
+
+
+def _connect(ref):
+    """
+    Get a connection from the pool. Where it's the next operation that does so,
+    nothing has changed of what connect() sets besides.
+    """
+    connection = ref()
+    if not connection.rests or connection_created.receivers:
+        connection.rests = False
+        type(connection).connect(connection)
+        return
+    with sharing.taking_turn(connection):
+        if connection.connection is None:
+            connection.rests = False
+            connection.connection = connection.get_new_connection({})
+            join(connection)
+
+
+def _rest(connection):
+    """
+    Return the connection to the pool as close() does, after an operation.
+    """
+    connection.rests = (
+        connection.autocommit
+        and not connection.errors_occurred
+        and not connection.run_on_commit
+        and not connection.closed_in_transaction
+        and not connection.needs_rollback
+        and connection.health_check_done
+        and connection.connection.autocommit
+        and _connects_as_django(type(connection))
+    )
+    if not connection.rests:
+        connection.close()
+        return
+    pooled, connection.connection = connection.connection, None
+    pooled._pool.putconn(pooled)
+
+
 class _PoolLease(_Lease):
     def __init__(self, alias, connection=None):
         super().__init__()
@@ -578,6 +646,6 @@ class _PoolLease(_Lease):
                 connection._thread_ident = get_ident()
             if _was_in_threads(connection):
                 connection.connection.close()
-            connection.close()
+            _rest(connection)
         if not connection.lease_count and connection.connection is None:
             self._leases.pop(connection, None)

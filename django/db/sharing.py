@@ -33,7 +33,7 @@ import _thread
 import asyncio
 import threading
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import wraps
 
 from asgiref.sync import AsyncToSync
@@ -152,8 +152,7 @@ def retire(connection, block):
 # ##### Turns #####
 
 
-@contextmanager
-def taking_turn(connection, leaving=False, block=None):
+class taking_turn:
     """
     Hold the turn on a shared connection, after waiting for it in this thread.
     To be `leaving` a block, it needn't be on top of the stack. If it's done
@@ -164,13 +163,41 @@ def taking_turn(connection, leaving=False, block=None):
     turn didn't come, or if waiting for it would occupy the thread that has to
     run the nested block.
     """
+
+    # Every statement does this a few times, so it isn't a generator.
+    __slots__ = ("_connection", "_leaving", "_block", "_turn")
+
+    def __init__(self, connection, leaving=False, block=None):
+        self._connection = connection
+        self._leaving = leaving
+        self._block = block
+
+    def __enter__(self):
+        self._turn = _take_turn(self._connection, self._leaving, self._block)
+
+    def __exit__(self, *exc_info):
+        if self._turn is not None:
+            self._turn.give()
+
+
+def _take_turn(connection, leaving, block):
+    """Return the turn that was taken, or None if the blocks have ended."""
     turn = connection.turn
-    if block is None:
+    if (bridged := bridge.current()) is not None:
+        # Suspended code must not refer to its task.
+        holder, waiter_class, call = bridged.task, bridge.TurnWaiter, None
+        if turn is not None and turn.take_again(holder):
+            # What's checked below holds for as long as the task has the turn.
+            return turn
+    else:
+        holder = _thread.get_ident()
+        waiter_class = getattr(belonging.working, "waiter_class", ThreadWaiter)
+        call = getattr(belonging.working, "call", None)
+    if block is None and (connection.blocks or not connection.serves_scope):
         block = belonging.joined(connection)
     if turn is None:
         # The blocks have just ended.
-        yield
-        return
+        return None
     if (
         block is None
         and connection.blocks
@@ -182,7 +209,6 @@ def taking_turn(connection, leaving=False, block=None):
         # Threads that share a connection by other means stay unprotected.
         block = connection.blocks[-1]
     here = _thread.get_ident()
-    holder, waiter_class, call = _waiting()
 
     def occupies(top):
         return (
@@ -208,9 +234,7 @@ def taking_turn(connection, leaving=False, block=None):
         # Threads that share the connection by other means: its blocks have
         # ended, and others may have been entered.
         turn.give()
-        with taking_turn(connection, leaving):
-            yield
-        return
+        return _take_turn(connection, leaving, None)
     try:
         if block is not None and block.ended:
             raise belonging.outlived(block.alias, block)
@@ -226,11 +250,12 @@ def taking_turn(connection, leaving=False, block=None):
                 _check(connection, block, call)
                 if call is not None and block is not None:
                     call.turns[block] = turn.count
-        if bridge.current() is None:
+        if waiter_class is not bridge.TurnWaiter:
             turn.threads.add(holder)
-        yield
-    finally:
+    except BaseException:
         turn.give()
+        raise
+    return turn
 
 
 def connects_in_turn(connect):
@@ -269,19 +294,6 @@ def _connect_or_close(connect, connection):
         raise
 
 
-def _waiting():
-    """
-    Return who holds a turn, how it's waited for, and the call that the task
-    may abandon.
-    """
-    if bridge.current() is None:
-        waiter_class = getattr(belonging.working, "waiter_class", ThreadWaiter)
-        call = getattr(belonging.working, "call", None)
-        return _thread.get_ident(), waiter_class, call
-    # Suspended code must not refer to its task.
-    return weakref.ref(belonging.running_task()), bridge.TurnWaiter, None
-
-
 def _wait_for_cancellation(done):
     if bridge.current() is None:
         done.wait()
@@ -301,10 +313,8 @@ def _check(connection, block, call):
 
 
 def _top(connection):
-    try:
-        return connection.blocks[-1]
-    except IndexError:
-        return None
+    top = connection.blocks[-1:]
+    return top[0] if top else None
 
 
 def execute_in_turn(execute, sql, params, many, context):
@@ -329,9 +339,13 @@ def execute_in_turn(execute, sql, params, many, context):
             if turn is not None:
                 turn.works = False
                 turn.finished += 1
-        if "close" not in vars(cursor) and _is_server_side(cursor.cursor, connection):
+        server_side = _is_server_side(cursor.cursor, connection)
+        if server_side and "close" not in vars(cursor):
             cursor.close = _closing_server_side(connection, cursor.cursor)
         if connection.turn is None:
+            return result
+        if connection.serves_scope and not server_side:
+            # The driver has all of its rows, and no block's end to check.
             return result
         for name in ("fetchone", "fetchmany", "fetchall"):
             if name not in vars(cursor):
@@ -461,10 +475,10 @@ def hold_turn(connection, holder):
     turn = connection.turn
     if turn is None:
         return lambda: None
-    if bridge.current() is None:
+    if (bridged := bridge.current()) is None:
         turn.needs_thread = True
     else:
-        holder = _waiting()[0]
+        holder = bridged.task
     turn.pass_on(holder)
 
     def give():

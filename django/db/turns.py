@@ -105,6 +105,14 @@ class Turn:
             if remaining <= 0:
                 return False
 
+    def take_again(self, holder):
+        """Take the turn if `holder` has it. Return whether that's so."""
+        with self._lock:
+            if self._holder != holder:
+                return False
+            self._depth += 1
+            return True
+
     def give(self):
         """Give back what one call of take() took."""
         with self._lock:
@@ -159,6 +167,8 @@ class Turn:
             return waits
 
     def _serve(self):
+        if not self._requests:
+            return
         for request in self._requests.copy():
             takes = request.holder is not None
             if takes and self._holder is not None:

@@ -11,6 +11,7 @@ from functools import wraps
 from unittest import mock
 
 from django.db import connections
+from django.utils.asyncio import async_unsafe
 
 
 @contextmanager
@@ -32,6 +33,8 @@ def _refused(connection, name):
     failure = getattr(connection, name)
     method = getattr(type(connection), name)
 
+    # Asynchronous code outside of the bridge is told what it's told anywhere.
+    @async_unsafe
     @wraps(method)
     def inner(self, *args, **kwargs):
         if (

@@ -34,8 +34,8 @@ def sessions():
     """Return the states of sessions on the server."""
     with psycopg.connect(**parameters(), autocommit=True) as conn:
         rows = conn.execute(
-            "SELECT state FROM pg_stat_activity "
-            "WHERE application_name = %s AND pid <> pg_backend_pid()",
+            "SELECT state FROM pg_stat_activity WHERE datname = current_database() "
+            "AND application_name = %s AND pid <> pg_backend_pid()",
             [NAME],
         )
         return [state for (state,) in rows]

@@ -9,7 +9,7 @@ import math
 import os
 import time
 import unittest
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 from unittest import mock
 
 from asgiref.sync import async_to_sync
@@ -22,6 +22,7 @@ from django.test import TransactionTestCase
 from .base import PoolMixin
 from .cancelling import cancel_everywhere
 from .models import Author, Book
+from .test_orm import no_threads
 
 NUMBER = 25
 
@@ -70,6 +71,14 @@ class ResultTests(IteratorTestCase):
         ):
             with self.subTest(iterable=queryset._iterable_class.__name__):
                 await self.assertSameResult(queryset)
+
+    async def test_values_list_without_threads(self):
+        """Its query isn't executed by asking it for an iterator."""
+        iterator = self.authors.values_list("name").aiterator()
+        await Author.objects.aexists()
+        with no_threads() if is_native else nullcontext():
+            rows = [row async for row in iterator]
+        self.assertEqual(len(rows), NUMBER)
 
     async def test_chunk_sizes(self):
         for chunk_size in (1, NUMBER - 1, NUMBER, NUMBER + 1):
@@ -274,6 +283,28 @@ class EndingTests(CancelledEverywhereMixin, EndingsMixin, IteratorTestCase):
         self.assertEqual(await Author.objects.acount(), NUMBER)
         await run_sync(connections["default"].close)
 
+    @unittest.skipIf(is_native, "A thread goes on with its query.")
+    async def test_cancelled_while_a_thread_reads(self):
+        """
+        The cursor is closed in the thread, and not by whom the generator is
+        collected. That can be the event loop, which would wait for whoever
+        uses the connection.
+        """
+        errors = []
+
+        async def iterate():
+            try:
+                async for _ in self.authors.aiterator(10):
+                    await asyncio.sleep(0)
+            except asyncio.CancelledError as error:
+                # It refers to the generator.
+                errors.append(error)
+                raise
+
+        async for _ in cancel_everywhere(self, iterate):
+            self.assertEqual(await run_sync(open_cursors), 0)
+        self.assertGreater(len(errors), 1)
+
     @unittest.skipUnless(is_native, "A thread goes on with its query.")
     async def test_cancelled(self):
         with self.assertRaises(TimeoutError):
@@ -447,6 +478,25 @@ class FullPoolMixin(PoolMixin):
 @unittest.skipUnless(connection.vendor == "postgresql", "Needs server-side cursors.")
 class PooledResultTests(FullPoolMixin, ResultTests):
     pass
+
+
+@unittest.skipUnless(connection.vendor == "postgresql", "Needs server-side cursors.")
+class PooledNamesTests(FullPoolMixin, TransactionTestCase):
+    available_apps = ["async_bridge"]
+    pool_options = {"min_size": 0, "max_size": 1, "timeout": 5}
+
+    def test_session_with_a_cursor_of_another_connection(self):
+        """
+        A stream that its client leaves keeps its cursor until it's collected.
+        Then the next request has the session, and a thread with the same
+        identity.
+        """
+        for _ in range(2):
+            other = connection.copy()
+            cursor = other.chunked_cursor()
+            cursor.execute("SELECT 1")
+            other.close()
+            self.addCleanup(cursor.close)
 
 
 @unittest.skipUnless(is_native, "Threads keep their connection.")

@@ -72,8 +72,8 @@ class Tests:
         params["application_name"] = "observer"
         with psycopg.connect(**params, autocommit=True) as conn:
             rows = conn.execute(
-                "SELECT state FROM pg_stat_activity "
-                "WHERE application_name = %s AND state <> 'idle'",
+                "SELECT state FROM pg_stat_activity WHERE datname = current_database() "
+                "AND application_name = %s AND state <> 'idle'",
                 [NAME],
             )
             return [state for (state,) in rows]

@@ -8,14 +8,8 @@ import threading
 
 from asgiref.sync import async_to_sync, sync_to_async
 
-from django.db import (
-    OperationalError,
-    connection,
-    connections,
-    run_sync,
-    sharing,
-    transaction,
-)
+from django.db import OperationalError, connection, connections, sharing, transaction
+from django.db.async_calls import run_sync
 from django.db.transaction import TransactionManagementError
 
 from .base import (

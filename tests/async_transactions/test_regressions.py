@@ -17,6 +17,7 @@ from django.db import (
     belonging,
     connection,
     connections,
+    run_sync,
     scopes,
     sharing,
     threads,
@@ -114,8 +115,11 @@ class SharedContextTests(AsyncTransactionTestCase):
             await signal.asend(self)
         self.assertEqual(len(seen), 1)
 
-    async def test_tasks_in_one_context(self):
-        """Promise 5: what a task opened is kept for the task."""
+    async def use_in_one_context(self, use):
+        """
+        Call `use` in a task while another one, in the same context, is in a
+        block that's rolled back.
+        """
         if connection.vendor == "sqlite":
             self.skipTest("A transaction keeps others from writing.")
         context = contextvars.copy_context()
@@ -132,8 +136,10 @@ class SharedContextTests(AsyncTransactionTestCase):
 
         async def foreign():
             await until(inside)
-            await Entry.objects.acreate(name="a")
-            used.set()
+            try:
+                await use()
+            finally:
+                used.set()
 
         loop = asyncio.get_running_loop()
         results = await asyncio.gather(
@@ -142,7 +148,35 @@ class SharedContextTests(AsyncTransactionTestCase):
             return_exceptions=True,
         )
         self.assertIsInstance(results[0], Rollback)
+        self.assertIsNone(results[1])
         await self.assertAsyncNames("a")
+
+    async def test_tasks_in_one_context(self):
+        """Promise 5: what a task opened is kept for the task."""
+
+        async def use():
+            await Entry.objects.acreate(name="a")
+
+        await self.use_in_one_context(use)
+
+    async def test_run_sync_of_tasks_in_one_context(self):
+        await self.use_in_one_context(lambda: run_sync(create, "a"))
+
+    async def test_sync_to_async_of_tasks_in_one_context(self):
+        """asgiref asks for the thread before it copies the context."""
+        await self.use_in_one_context(lambda: sync_to_async(create)("a"))
+
+    async def test_blocks_of_tasks_in_one_context(self):
+        """Each is inside of its own, also in the thread that it calls."""
+
+        async def use():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="rolled back")
+                await transaction.aset_rollback(True)
+            async with transaction.aatomic():
+                await run_sync(create, "a")
+
+        await self.use_in_one_context(use)
 
 
 class EndTests(AsyncTransactionTestCase):

@@ -125,6 +125,7 @@ class WaitingPool(ConnectionPool):
             conn = self._wait_for_connection(client, timeout)
         # Not before, as it would make a reference cycle in the pool.
         conn._pool = self
+        conn.gave_way = monotonic()
         return conn
 
     def _wait_for_connection(self, client, timeout):

@@ -33,6 +33,11 @@ from django.db import bridge
 
 logger = logging.getLogger("django.db.backends.postgresql")
 
+# As plain numbers: combining members of an enumeration takes longer than the
+# wait.
+WAIT_R, WAIT_W = int(Wait.R), int(Wait.W)
+READY_R, READY_W = int(Ready.R), int(Ready.W)
+
 # Seconds that cancelling a query may take, and then its end.
 CANCEL_TIMEOUT = 5
 
@@ -74,8 +79,8 @@ class WaitingConnection(psycopg.Connection):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.lock = Lock()
-        # When it last gave way to other tasks.
-        self._gave_way = 0
+        # When it last gave way to other tasks, or was got from the pool.
+        self.gave_way = 0
         # Closed because the query couldn't be ended otherwise.
         self._stopped = False
 
@@ -150,11 +155,11 @@ class WaitingConnection(psycopg.Connection):
             result = exc.value
         if state is not None:
             result = bridge.await_(self._serve(gen, state, interval, **kwargs))
-        elif monotonic() - self._gave_way < MAX_BUSY_TIME:
+        elif monotonic() - self.gave_way < MAX_BUSY_TIME:
             return result
         else:
             bridge.await_(asyncio.sleep(0))
-        self._gave_way = monotonic()
+        self.gave_way = monotonic()
         return result
 
     async def _serve(self, gen, state, interval, timeout=None):
@@ -234,6 +239,14 @@ class WaitingConnection(psycopg.Connection):
         except (OSError, psycopg.OperationalError):
             return False
 
+    def set_autocommit(self, value):
+        # Django does so whenever it gets a connection from a pool.
+        if (
+            value != self._autocommit
+            or self.pgconn.transaction_status != TransactionStatus.IDLE
+        ):
+            super().set_autocommit(value)
+
     # Once sent, it's done: whether it was is known only afterwards.
 
     def commit(self):
@@ -275,10 +288,10 @@ async def _wait_for_socket(fileno, state, interval):
     timer = None
     try:
         try:
-            if state & Wait.R:
-                loop.add_reader(fileno, wake, Ready.R)
-            if state & Wait.W:
-                loop.add_writer(fileno, wake, Ready.W)
+            if state & WAIT_R:
+                loop.add_reader(fileno, wake, READY_R)
+            if state & WAIT_W:
+                loop.add_writer(fileno, wake, READY_W)
         except OSError as exc:
             raise psycopg.OperationalError("connection socket closed") from exc
         # The socket may have been closed in the meantime, which no event loop
@@ -289,8 +302,10 @@ async def _wait_for_socket(fileno, state, interval):
         if timer is not None:
             timer.cancel()
         if not loop.is_closed():
-            loop.remove_reader(fileno)
-            loop.remove_writer(fileno)
+            if state & WAIT_R:
+                loop.remove_reader(fileno)
+            if state & WAIT_W:
+                loop.remove_writer(fileno)
     return ready
 
 
