@@ -561,8 +561,10 @@ def opens_block(get_connection):
                             enter(self, connection)
                             _push(connection, self, block)
                     except asyncio.CancelledError as exc:
+                        # Nothing was entered if it failed, too.
                         entered = belonging.current()
-                        if entered.atomic is self and not entered.strict:
+                        entered_this = entered is not None and entered.atomic is self
+                        if entered_this and not entered.strict:
                             with bridge.shielded():
                                 self.__exit__(type(exc), exc, None)
                         raise

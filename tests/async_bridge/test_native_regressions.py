@@ -16,6 +16,8 @@ from asgiref.sync import async_to_sync, sync_to_async
 
 from django.db import (
     DataError,
+    OperationalError,
+    bridge,
     connection,
     connections,
     new_connection,
@@ -125,6 +127,28 @@ class InsideSyncBlockTests(NativeTestCase):
         await Author.objects.acount()
         with self.assertRaises(connection.Database.OperationalError):
             await sync_to_async(cursor.cursor.execute)("SELECT 1")
+
+
+class FailedEntryTests(NativeTestCase):
+    async def test_cancelled(self):
+        """Promise 7: a task is cancelled while atomic() fails to be entered."""
+
+        def fail(*args, **kwargs):
+            asyncio.current_task().cancel()
+            bridge.await_(asyncio.sleep(0))
+            raise OperationalError("The connection was lost.")
+
+        def service():
+            with transaction.atomic():
+                self.fail("It was entered.")
+
+        await Author.objects.acount()
+        wrapper_class = type(connections["default"])
+        patcher = mock.patch.object(wrapper_class, "set_autocommit", fail)
+        with patcher, self.assertRaises(asyncio.CancelledError) as caught:
+            await asyncio.create_task(run_sync(service))
+        self.assertIsInstance(caught.exception.__context__, OperationalError)
+        self.assertEqual(await Author.objects.acount(), 0)
 
 
 class PoolTestCase(PoolMixin, NativeTestCase):

@@ -17,12 +17,12 @@ from django.db import (
     belonging,
     connection,
     connections,
-    run_sync,
     scopes,
     sharing,
     threads,
     transaction,
 )
+from django.db.async_calls import run_sync
 from django.db.transaction import TransactionManagementError
 from django.dispatch import Signal
 from django.utils.connection import ConnectionDoesNotExist
