@@ -131,7 +131,7 @@ class InsideSyncBlockTests(NativeTestCase):
 
 class FailedEntryTests(NativeTestCase):
     async def test_cancelled(self):
-        """Promise 7: a task is cancelled while atomic() fails to be entered."""
+        """Promise 7: a task is cancelled while entering atomic() fails."""
 
         def fail(*args, **kwargs):
             asyncio.current_task().cancel()
