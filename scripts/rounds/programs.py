@@ -268,7 +268,8 @@ class Place:
         if self.asynchronous:
             kinds.append("tasks")
             if not self.read_only:
-                kinds.append("siblings")
+                # Only there they may all work in the block around them.
+                kinds += ["siblings"] * (3 if self.strict else 1)
         if not self.foreign and not self.occupies:
             kinds += ["foreign"] * 2
         if self.outlivable:
