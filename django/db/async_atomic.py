@@ -233,6 +233,10 @@ class _Nested(_Entry):
     def __init__(self, atomic, outer):
         super().__init__(atomic, outer.alias, outer.connection)
         self.outer = outer
+        self.parent = parent = self.block.parent
+        if parent.strict and parent.ended:
+            # It was outlived, and who enters would be refused.
+            self.block.parent = outer
 
     async def enter(self):
         """Return whether the block around it was there to be entered."""
@@ -245,6 +249,7 @@ class _Nested(_Entry):
                 raise belonging.waited_in_vain(self.block.connection, timeout)
             _, entered = await self._enter(enter_in_turn)
             if entered:
+                self.block.parent = self.parent
                 belonging.begin(self.block)
                 return True
         if self.outer.strict:
@@ -404,6 +409,11 @@ class _Transaction(_Entry):
         connection = self.block.connection
         rolls_back = connection.needs_rollback and not connection.closed_in_transaction
         try:
+            if connection.vendor == "sqlite" and (exc_type is not None or rolls_back):
+                # If a query was cancelled, SQLite interrupts the ROLLBACK as
+                # well, as long as there is an unfinished cursor.
+                with sharing.taking_turn(connection, leaving=True):
+                    close_cursors(connection)
             super()._exit_atomic(exc_type, *exc_info)
             if exc_type is None and rolls_back and connection.connection is None:
                 # A nested block couldn't be rolled back, of which atomic()

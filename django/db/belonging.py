@@ -431,6 +431,7 @@ def _find(matches, refuse=True):
     here = _thread.get_ident()
     storage = inherited.get(None)
     home = here if storage is None else storage.thread_id
+    refused = False
     for block in chain(block):
         if not matches(block):
             continue
@@ -444,11 +445,20 @@ def _find(matches, refuse=True):
             moved=is_moved(home, here, block.thread_ident),
             runs_loop=lambda: runs_loop(block.thread_ident),
         )
-        if decision is REFUSE and refuse:
-            raise outlived(block.alias, block)
-        if decision is not SKIP:
-            return block if decision is JOIN else None
+        if decision is REFUSE:
+            if refuse:
+                raise outlived(block.alias, block)
+            refused = True
+        elif decision is not SKIP:
+            joins = decision is JOIN and (not refused or _is_of_test(block))
+            return block if joins else None
     return None
+
+
+def _is_of_test(block):
+    """Return whether it's in the transaction of a TestCase."""
+    atomic = block.connection.blocks[0].atomic if block.connection.blocks else None
+    return atomic is not None and atomic._from_testcase
 
 
 def block_for(alias):
@@ -464,7 +474,8 @@ def block_for(alias):
 def open_block(alias):
     """
     Return the block that a block which the current execution opens would be
-    nested in, or None. Who has outlived a block may open one of its own.
+    nested in, or None. Who has outlived a block may open one of its own, which
+    doesn't escape the rollback of a TestCase.
     """
     return _find(lambda block: block.alias == alias, refuse=False)
 

@@ -8,7 +8,7 @@ import time
 
 from asgiref.sync import async_to_sync, sync_to_async
 
-from django.db import sharing, transaction
+from django.db import connection, sharing, transaction
 from django.db.transaction import TransactionManagementError
 
 from .base import AsyncTransactionTestCase, create, names, slow_query
@@ -48,6 +48,28 @@ class CancellationTests(AsyncTransactionTestCase):
                 with self.assertRaises(TimeoutError):
                     await self.assertSoon(block(call))
                 await self.assertAsyncNames()
+
+    async def test_beside_an_unfinished_cursor(self):
+        """SQLite goes on interrupting as long as there is one."""
+        cursors = []
+
+        def leave_unfinished():
+            for name in "abc":
+                create(name)
+            cursor = connection.cursor()
+            cursor.execute("SELECT name FROM async_transactions_entry")
+            cursor.fetchone()
+            cursors.append(cursor)
+
+        with self.assertRaises(TimeoutError):
+            async with transaction.aatomic():
+                await sync_to_async(leave_unfinished)()
+                async with asyncio.timeout(0.2):
+                    await sync_to_async(slow_query)()
+        await self.assertAsyncNames()
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="committed")
+        await self.assertAsyncNames("committed")
 
     async def test_code_that_does_not_end(self):
         """Leaving doesn't wait for a function that's not in the database."""

@@ -5,16 +5,25 @@ Promise 10: new_connection() gives the code inside it connections of its own.
 import asyncio
 import inspect
 from contextlib import nullcontext
+from functools import partial
 
 from asgiref.sync import async_to_sync, sync_to_async
 
-from django.db import NotSupportedError, connection, new_connection, transaction
+from django.db import (
+    NotSupportedError,
+    connection,
+    connections,
+    new_connection,
+    transaction,
+)
+from django.db.async_calls import run_sync
 from django.db.transaction import TransactionManagementError
 from django.test import TestCase
 from django.utils.connection import ConnectionDoesNotExist
 
 from .base import AsyncTransactionTestCase, Rollback, create, is_in_memory, names, until
 from .models import Entry
+from .test_ends import OUTLIVED
 
 
 def session():
@@ -180,6 +189,66 @@ class NewConnectionTests(AsyncTransactionTestCase):
             self.assertEqual(session(), outer)
             create("outer")
         self.assertNames("outer")
+
+
+class OutlivedFailureTests(AsyncTransactionTestCase):
+    """Promise 4: who has outlived a block that failed may open another one."""
+
+    async def test_a_block_of_its_own(self):
+        """Also if they are on the same connection."""
+
+        def use_synchronously():
+            with transaction.atomic():
+                create("own block")
+                Entry.objects.get(name="own block")
+            with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+                create("late")
+
+        def use_in_thread():
+            try:
+                use_synchronously()
+            finally:
+                connections.close_all()
+
+        async def use():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="own block")
+                await Entry.objects.aget(name="own block")
+            with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+                await Entry.objects.acreate(name="late")
+
+        uses = {
+            "aatomic": use,
+            "to_thread": partial(asyncio.to_thread, use_in_thread),
+            "insensitive": sync_to_async(use_in_thread, thread_sensitive=False),
+            "run_sync": partial(run_sync, use_synchronously),
+        }
+        blocks = {"nothing": nullcontext}
+        if not is_in_memory():
+            blocks["new_connection"] = partial(new_connection, "default")
+        for around, block in blocks.items():
+            for name, use in uses.items():
+                with self.subTest(around=around, use=name):
+                    async with block():
+                        await self.outlive_failure(use)
+                    await self.assertAsyncNames("own block")
+                await Entry.objects.all().adelete()
+
+    async def outlive_failure(self, use):
+        over = asyncio.Event()
+
+        async def late():
+            await until(over)
+            await use()
+
+        with self.assertRaises(Rollback):
+            async with transaction.aatomic():
+                # Others than the task take turns on the connection.
+                await asyncio.to_thread(create, "rolled back")
+                task = asyncio.create_task(late())
+                raise Rollback
+        over.set()
+        await task
 
 
 class UnsupportedTests(AsyncTransactionTestCase):

@@ -12,6 +12,7 @@ from asgiref.sync import async_to_sync, sync_to_async
 
 from django.core import serializers
 from django.db import IntegrityError, connection, connections, transaction
+from django.db.transaction import TransactionManagementError
 from django.http import HttpResponse
 from django.test import (
     AsyncRequestFactory,
@@ -313,6 +314,32 @@ class LeavesNothingTests(AsyncTransactionTestCase):
         create("before")
         self.assertEqual(run_tests(Tests), 5)
         self.assertNames("before")
+
+    def test_task_that_outlives_a_block(self):
+        class Tests(TestCase):
+            async def test_a_block_of_its_own(self):
+                over = asyncio.Event()
+
+                async def late():
+                    await until(over)
+                    async with transaction.aatomic():
+                        seen.append(await names())
+                        await acreate("late")
+                    with self.assertRaises(TransactionManagementError):
+                        await acreate("later")
+
+                await acreate("test")
+                async with transaction.aatomic():
+                    task = asyncio.create_task(late())
+                    await acreate("block")
+                over.set()
+                await task
+                seen.append(await names())
+
+        seen = []
+        self.assertEqual(run_tests(Tests), 1)
+        self.assertEqual(seen, [["block", "test"], ["block", "late", "test"]])
+        self.assertNames()
 
     def test_transactiontestcase(self):
         class Tests(TransactionTestCase):
