@@ -754,13 +754,14 @@ class ThreadStartTests(AsyncTransactionTestCase):
                 released.wait(10)
 
         no_threads = self.no_threads()
-        loop.call_later(0.2, released.set)
         try:
             with self.assertRaises(Rollback):
                 async with transaction.aatomic():
                     task = asyncio.create_task(sync_to_async(run)())
                     await until(began)
                     no_threads.start()
+                    # It's being left by then.
+                    loop.call_later(0.2, released.set)
                     raise Rollback
         finally:
             no_threads.stop()
