@@ -19,6 +19,7 @@ there. Its thread is started only if it's asked to run synchronous code.
 
 import asyncio
 import logging
+import threading
 import weakref
 from _thread import get_ident
 from contextlib import suppress
@@ -233,10 +234,9 @@ class _Nested(_Entry):
     def __init__(self, atomic, outer):
         super().__init__(atomic, outer.alias, outer.connection)
         self.outer = outer
-        self.parent = parent = self.block.parent
-        if parent.strict and parent.ended:
-            # It was outlived, and who enters would be refused.
-            self.block.parent = outer
+        # Who has outlived a block would be refused.
+        self.parent = self.block.parent
+        self.block.parent = belonging.outside(outer.alias, self.parent)
 
     async def enter(self):
         """Return whether the block around it was there to be entered."""
@@ -245,7 +245,7 @@ class _Nested(_Entry):
         enter_in_turn = sharing.in_turn(self._enter_atomic)
         timeout = sharing.TURN_TIMEOUT
         while not self.outer.ended:
-            if not await sharing.its_turn():
+            if not await sharing.its_turn(self.block):
                 raise belonging.waited_in_vain(self.block.connection, timeout)
             _, entered = await self._enter(enter_in_turn)
             if entered:
@@ -604,7 +604,20 @@ def _create_cursor(ref, *args, **kwargs):
     connection = ref()
     cursor = type(connection).create_cursor(connection, *args, **kwargs)
     connection.cursors.add(cursor)
+    if connection.vendor == "sqlite":
+        cursor.close = partial(_close_alone, weakref.ref(cursor), threading.Lock())
     return cursor
+
+
+def _close_alone(ref, lock):
+    """
+    Close a cursor of sqlite3. Whoever uses it may do so while the block is
+    left, which closes it, too. Both would free its statement, and crash the
+    process.
+    """
+    cursor = ref()
+    with lock:
+        type(cursor).close(cursor)
 
 
 def _commit(ref):

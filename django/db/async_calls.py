@@ -16,7 +16,7 @@ import asyncio
 from contextlib import suppress
 from functools import partial
 from inspect import CO_COROUTINE, iscoroutinefunction
-from types import FunctionType
+from types import FunctionType, MethodType
 
 from asgiref import sync
 
@@ -29,10 +29,15 @@ def is_asynchronous(func):
     Return whether `func` is a coroutine function, or an object that's called
     like one.
     """
-    if type(func) is FunctionType and not func.__dict__:
-        # Neither marked nor wrapped. inspect takes its time to say the same.
+    # inspect takes its time to say the same of these.
+    while (kind := type(func)) is MethodType or kind is partial:
+        func = func.__func__ if kind is MethodType else func.func
+    if kind is FunctionType and not func.__dict__:
+        # Neither marked nor wrapped.
         return bool(func.__code__.co_flags & CO_COROUTINE)
-    return iscoroutinefunction(func) or iscoroutinefunction(type(func).__call__)
+    if kind is type:
+        return False
+    return iscoroutinefunction(func) or iscoroutinefunction(kind.__call__)
 
 
 # Methods by which query sets and caches read. By the others, they write.

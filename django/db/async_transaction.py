@@ -60,7 +60,8 @@ async def aset_autocommit(autocommit, using=None):
     if block is None and not autocommit and connections.settings[alias]["AUTOCOMMIT"]:
         await ManualTransaction(alias).enter()
     elif autocommit and block is not None and block.manual is not None:
-        await block.manual.leave()
+        # Unless a block inside of it has been outlived.
+        await belonging.block_for(alias).manual.leave()
     else:
         await sync_to_async(_set_autocommit, using=alias)(alias, autocommit)
 

@@ -32,6 +32,9 @@ SKIP
 
 The second OWN is for a thread that was given a copy of the context by hand.
 
+That's for uses. Whoever opens a block after the end is nested in what is still
+open, whichever kind of block has ended (see open_block() and outside()).
+
 Being inside is carried in two ways. A context variable carries what is
 inherited: by tasks, by the threads that asyncio.to_thread() uses, and by
 asgiref in both directions. Its value is tagged with the thread that asgiref
@@ -90,10 +93,6 @@ class Block:
     if it's asynchronous, and `loop` is the one that runs that.
     """
 
-    # The number of savepoint ids on the connection inside of it.
-    depth = 0
-    # The thread that entered it.
-    thread_ident = None
     # The TransactionThread that it has for itself.
     thread = None
     # The ManualTransaction whose time it is.
@@ -105,8 +104,6 @@ class Block:
     failure = None
     # What error messages call the execution that opened it.
     title = None
-    entered = False
-    ended = False
     # It was ended by leaving a block around it.
     abandoned = False
     # It's being ended by an exception.
@@ -124,6 +121,12 @@ class Block:
         self.strict = strict
         self.task = task and weakref.ref(task)
         self.loop = task and weakref.ref(task.get_loop())
+        # The number of savepoint ids on the connection inside of it.
+        self.depth = 0
+        # The thread that entered it.
+        self.thread_ident = None
+        self.entered = False
+        self.ended = False
         # The storage that the context held before.
         self.outer = inherited.get(None)
         if strict:
@@ -270,12 +273,13 @@ def claim():
 
 def call_for(block, func):
     """
-    Call a function that enters or leaves a block of the current task. Until it
-    returns, the task is inside of that, and of nothing that's nested in it.
+    Call a function that enters or leaves a block. Until it returns, the
+    current execution is inside `block`, and of nothing that's nested in it.
     """
     task = running_task()
-    opened, storage = _opened.get(task), inherited.get(None)
-    _opened[task] = block
+    opened, storage = task and _opened.get(task), inherited.get(None)
+    if task is not None:
+        _opened[task] = block
     set_current(block)
     try:
         return func()
@@ -283,7 +287,7 @@ def call_for(block, func):
         inherited.set(storage)
         if opened is not None:
             _opened[task] = opened
-        else:
+        elif task is not None:
             _opened.pop(task, None)
 
 
@@ -337,11 +341,11 @@ def restore(block):
             and outer.data not in around
         ):
             outer = outer.data.outer
-    if outer is not None and outer.data is not None and outer.data.ended:
-        # As it was, for _is_back().
+    if outer is None or outer.thread_id == _thread.get_ident() or outer.data.ended:
+        # As it was, if it has ended for _is_back().
         inherited.set(outer)
     else:
-        set_current(outer and outer.data)
+        set_current(outer.data)
 
 
 class Entries:
@@ -431,7 +435,6 @@ def _find(matches, refuse=True):
     here = _thread.get_ident()
     storage = inherited.get(None)
     home = here if storage is None else storage.thread_id
-    refused = False
     for block in chain(block):
         if not matches(block):
             continue
@@ -448,17 +451,9 @@ def _find(matches, refuse=True):
         if decision is REFUSE:
             if refuse:
                 raise outlived(block.alias, block)
-            refused = True
         elif decision is not SKIP:
-            joins = decision is JOIN and (not refused or _is_of_test(block))
-            return block if joins else None
+            return block if decision is JOIN else None
     return None
-
-
-def _is_of_test(block):
-    """Return whether it's in the transaction of a TestCase."""
-    atomic = block.connection.blocks[0].atomic if block.connection.blocks else None
-    return atomic is not None and atomic._from_testcase
 
 
 def block_for(alias):
@@ -474,10 +469,27 @@ def block_for(alias):
 def open_block(alias):
     """
     Return the block that a block which the current execution opens would be
-    nested in, or None. Who has outlived a block may open one of its own, which
-    doesn't escape the rollback of a TestCase.
+    nested in, or None. Who has outlived one may open another one, nested in
+    the innermost block that's still open.
     """
     return _find(lambda block: block.alias == alias, refuse=False)
+
+
+def outside(alias, block):
+    """
+    Return `block`, or if that's inside of others for `alias` which have been
+    outlived, the innermost one outside of these. There, it's possible to open
+    another one.
+    """
+    around = block
+    while block is not None:
+        if block.alias == alias:
+            if not block.ended:
+                break
+            if block.strict:
+                around = block.parent
+        block = block.parent
+    return around
 
 
 def joined(connection):

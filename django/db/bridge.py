@@ -112,6 +112,9 @@ async def run(func, /, *args, **kwargs):
         _import_greenlet()
     child = greenlet.greenlet(partial(func, *args, **kwargs))
     child.django_bridge = bridge = Bridge()
+    bridge.parent = child.parent
+    # Only now: later, the code may be in another one, that of a Context.run().
+    child.gr_context = bridge.parent.gr_context
     switch, throw = child.switch, child.throw
     loop = asyncio._get_running_loop()
     if loop is not None and loop.get_debug():
@@ -119,7 +122,6 @@ async def run(func, /, *args, **kwargs):
 
         switch = watched(switch, child, loop)
         throw = watched(throw, child, loop)
-    _prepare(child, bridge)
     result = switch()
     while not child.dead:
         try:
@@ -131,10 +133,10 @@ async def run(func, /, *args, **kwargs):
                     # By the garbage collector. greenlet unwinds it later, in
                     # its own thread.
                     raise
-            _prepare(child, bridge)
+            _follow(child, bridge)
             result = throw(type(exc), exc, exc.__traceback__)
         else:
-            _prepare(child, bridge)
+            _follow(child, bridge)
             result = switch(result)
     if isinstance(result, greenlet.GreenletExit):
         # It's returned by greenlets that raise it.
@@ -142,11 +144,11 @@ async def run(func, /, *args, **kwargs):
     return result
 
 
-def _prepare(child, bridge):
-    # It may have been started elsewhere: in the greenlet that created an eager
-    # task.
-    child.parent = bridge.parent = greenlet.getcurrent()
-    child.gr_context = bridge.parent.gr_context
+def _follow(child, bridge):
+    parent = greenlet.getcurrent()
+    if parent is not bridge.parent:
+        # It was started elsewhere: in the greenlet that created an eager task.
+        child.parent = bridge.parent = parent
 
 
 def await_(awaitable):

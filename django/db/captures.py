@@ -68,6 +68,11 @@ def _set(captures):
     _inherited.set(_Storage(home, captures) if captures else None)
 
 
+def is_captured(connection):
+    """Return whether logs() has any."""
+    return _inherited.get() is not None and bool(logs(connection))
+
+
 def logs(connection):
     """
     Return the captured logs of other connections that a query on `connection`

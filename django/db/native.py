@@ -66,9 +66,10 @@ async def run(func, block=None, shielded=False):
     if shielded:
         func = partial(_call_shielded, func)
     task = asyncio.current_task()
-    if block is not None:
+    if block is None:
+        belonging.claim()
+    else:
         func = partial(belonging.call_for, block, func)
-    belonging.claim()
     if (leases := _operations.get(task)) is not None:
         # It's called by a coroutine that code in the bridge awaits.
         return await bridge.run(_call_in_operation, func, leases)
@@ -435,7 +436,7 @@ def call_idle(name):
 def take_session(scope, connection):
     """Give a transaction the session of its scope, if nobody uses it."""
     if connection.settings_dict["OPTIONS"].get("pool"):
-        # It gets one from there.
+        _expect_session(connection)
         return
     with scope.lock:
         lease = _shared(scope, connection.alias)
@@ -484,12 +485,13 @@ class TaskWrapper:
         Set on another wrapper what was set on this one: by its users, or by
         its class if that isn't Django's, but nothing of Django's own state.
         """
-        attributes = vars(self.connection)
-        for name in attributes.keys() - _own_attributes(type(heir)):
-            value = attributes[name]
-            if name not in self._original or self._original[name] is not value:
-                setattr(heir, name, value)
-                heir.has_inherited = True
+        if not _is_plain(self.connection):
+            attributes = vars(self.connection)
+            for name in attributes.keys() - _own_attributes(type(heir)):
+                value = attributes[name]
+                if name not in self._original or self._original[name] is not value:
+                    setattr(heir, name, value)
+                    heir.has_inherited = True
         if not heir.settings_dict["OPTIONS"].get("pool"):
             # As in thread mode, a block's connection has its own.
             return
@@ -569,11 +571,34 @@ def _connect(ref):
         connection.rests = False
         type(connection).connect(connection)
         return
+    if not connection.serves_scope:
+        # A block's, which is only just being entered.
+        connection.rests = False
+        connection.connection = connection.get_new_connection({})
+        return
     with sharing.taking_turn(connection):
         if connection.connection is None:
             connection.rests = False
             connection.connection = connection.get_new_connection({})
             join(connection)
+
+
+def _expect_session(connection):
+    """
+    Let the connect() of a new wrapper get a connection from the pool, if
+    there's nothing else that it would do.
+    """
+    # It imports this module.
+    from django.db.backends.base.base import RAN_DB_VERSION_CHECK
+
+    connection.rests = (
+        connection.alias in RAN_DB_VERSION_CHECK
+        and not hasattr(connection, "has_inherited")
+        and _connects_as_django(type(connection))
+    )
+    if connection.rests:
+        connection.autocommit = connection.health_check_done = True
+        connection.connect = partial(_connect, weakref.ref(connection))
 
 
 def _rest(connection):

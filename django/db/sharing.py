@@ -34,12 +34,13 @@ import asyncio
 import threading
 import weakref
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 
 from asgiref.sync import AsyncToSync
 
 from django.db import belonging, bridge
 from django.db.turns import ThreadWaiter, Turn
+from django.db.utils import DEFAULT_DB_ALIAS
 
 # Seconds after which waiting for a turn is given up as a deadlock.
 TURN_TIMEOUT = 30
@@ -47,18 +48,16 @@ TURN_TIMEOUT = 30
 _sharing = threading.Lock()
 
 
-def connection_for(alias):
+def connection_for(alias, block):
     """
     Return the connection of the block that the current execution joins, or
-    None if it uses its own.
+    None if it uses its own. `block` is the one in its context.
 
     Raise TransactionManagementError if it outlived the block.
     """
     here = _thread.get_ident()
-    block = belonging.inherited.get().data
     if (
-        block.thread_ident == here
-        and block.alias == alias
+        block.alias == alias
         and not (block.strict or block.ended)
         and block.connection._thread_ident == here
         and asyncio._get_running_loop() is None
@@ -84,9 +83,12 @@ def admits(connection):
 
     Raise TransactionManagementError as taking_turn() does.
     """
-    if connection.turn is None:
+    turn, bridged = connection.turn, bridge.current()
+    if turn is None:
         return belonging.joined(connection) is not None
-    if connection.serves_scope and bridge.current() is None:
+    if bridged is not None and turn.is_held_by(bridged.task):
+        return True
+    if connection.serves_scope and bridged is None:
         # It's shared by tasks of native mode, and not with other threads,
         # unless they work inside a block of theirs.
         if belonging.joined(connection) is None:
@@ -208,20 +210,8 @@ def _take_turn(connection, leaving, block):
             raise belonging.foreign(connection)
         # Threads that share a connection by other means stay unprotected.
         block = connection.blocks[-1]
-    here = _thread.get_ident()
-
-    def occupies(top):
-        return (
-            waiter_class is ThreadWaiter
-            and top is not None
-            and top.thread_ident == here
-        )
-
-    def ready():
-        top = _top(connection)
-        ended = block is not None and block.ended
-        replaced = connection.turn is not turn
-        return top is block or leaving or ended or replaced or occupies(top)
+    occupied = holder if waiter_class is ThreadWaiter else None
+    ready = partial(_is_ready, connection, turn, block, leaving, occupied)
 
     if turn.needs_thread and waiter_class is ThreadWaiter and not leaving:
         raise belonging.waits_for_copy(connection)
@@ -256,6 +246,21 @@ def _take_turn(connection, leaving, block):
         turn.give()
         raise
     return turn
+
+
+def _is_ready(connection, turn, block, leaving, occupied):
+    """
+    Return whether waiting for a turn may end. `occupied` is the thread that it
+    occupies, or None.
+    """
+    top = _top(connection)
+    return (
+        top is block
+        or leaving
+        or (block is not None and block.ended)
+        or connection.turn is not turn
+        or (occupied is not None and top is not None and top.thread_ident == occupied)
+    )
 
 
 def connects_in_turn(connect):
@@ -307,10 +312,11 @@ def _check(connection, block, call):
         raise belonging.waits_for_itself(connection)
     if call is not None and call.abandoned:
         raise belonging.call_abandoned(connection.alias)
-    for outer in belonging.chain(block):
+    while block is not None:
         # Who has outlived it may be in a block that was opened since.
-        if outer.leaving and not outer.ended and outer.connection is connection:
-            raise belonging.outlived(outer.alias, outer)
+        if block.leaving and not block.ended and block.connection is connection:
+            raise belonging.outlived(block.alias, block)
+        block = block.parent
 
 
 def _top(connection):
@@ -489,13 +495,13 @@ def hold_turn(connection, holder):
     return give
 
 
-def _out_of_turn():
+def _out_of_turn(block):
     """
-    Return a block that the current execution is inside of, while another one
-    nested in it is open, or None.
+    Return a block, `block` or one around it, while another one nested in it is
+    open, or None.
     """
     seen = set()
-    for block in belonging.chain(belonging.current()):
+    for block in belonging.chain(block):
         if not block.entered or block.connection in seen:
             continue
         seen.add(block.connection)
@@ -505,16 +511,17 @@ def _out_of_turn():
     return None
 
 
-async def its_turn():
+async def its_turn(block=None):
     """
     Wait on the event loop until no block nested in those that the current
-    task is inside of is open. Return False if that was given up.
+    task is inside of, or is about to enter `block` inside of, is open. Return
+    False if that was given up.
     """
-    while (block := _out_of_turn()) is not None:
-        turn = block.connection.turn
+    while (outer := _out_of_turn(block or belonging.current())) is not None:
+        turn = outer.connection.turn
 
         def ready():
-            return block.ended or _top(block.connection) is block
+            return outer.ended or _top(outer.connection) is outer
 
         if turn and not await turn.comes(ready, TURN_TIMEOUT):
             return False
@@ -528,7 +535,7 @@ def in_turn(func):
     """
 
     def inner():
-        if _out_of_turn() is not None:
+        if _out_of_turn(belonging.current()) is not None:
             return False, None
         return True, func()
 
@@ -542,12 +549,7 @@ def opens_block(get_connection):
     """Decorate Atomic.__enter__(), and give it the connection."""
 
     def decorator(enter):
-        @wraps(enter)
-        def __enter__(self):
-            block = belonging.current()
-            if block is not None and block.ended and block.strict:
-                _enter_after_the_end(self, block)
-                return
+        def enter_inside(self, block):
             connection = get_connection(self.using)
             if connection.turn is None:
                 enter(self, connection)
@@ -570,33 +572,45 @@ def opens_block(get_connection):
                                 self.__exit__(type(exc), exc, None)
                         raise
 
+        @wraps(enter)
+        def __enter__(self):
+            block = belonging.current()
+            alias = self.using or DEFAULT_DB_ALIAS
+            outside = block and belonging.outside(alias, block)
+            if outside is block:
+                enter_inside(self, block)
+            else:
+                func = partial(enter_inside, self, outside)
+                _enter_after_the_end(func, block, outside)
+
         return __enter__
 
     return decorator
 
 
-def _enter_after_the_end(atomic, block):
+def _enter_after_the_end(enter, block, outside):
     """
-    Let an execution that outlived `block` open one of its own, on the
-    connection of its thread.
+    Let an execution inside `block` that outlived it, or a block around it,
+    enter one `outside` of these.
     """
-    outlived = belonging.inherited.get(None)
-    belonging.set_current(block.parent)
-    try:
-        atomic.__enter__()
-    except BaseException:
-        belonging.inherited.set(outlived)
-        raise
+
+    def enter_outside():
+        enter()
+        return belonging.current()
+
+    entered = belonging.call_for(outside, enter_outside)
     # So that it's refused again afterwards.
-    entered = belonging.current()
-    entered.outer, entered.parent = outlived, block
+    entered.parent = block
+    belonging.begin(entered)
 
 
 def _push(connection, atomic, block):
     # An aatomic() has made its block before it got to a thread.
     if block is None or block.entered or block.atomic is not atomic:
         task = None if bridge.current() is None else belonging.running_task()
-        block = belonging.Block(connection.alias, connection, atomic, block, task=task)
+        alias = connection.alias
+        # By position, which is quicker.
+        block = belonging.Block(alias, connection, atomic, block, False, task)
         if task is None:
             belonging.set_current(block)
         else:
@@ -771,7 +785,10 @@ def pass_on_cancellation(block):
     False if there's none but those of a TestCase.
     """
     for outer in belonging.chain(block.parent):
-        if outer.connection is block.connection and outer.atomic is not None:
+        if outer.ended or outer.atomic is None:
+            # Who has outlived one may have opened `block`.
+            continue
+        if outer.connection is block.connection:
             outer.cancelled = not outer.atomic._from_testcase
             return outer.cancelled
     return False
@@ -803,5 +820,6 @@ def savepoint_ids(connection):
     """
     Return the set of the savepoints which the current execution is inside of.
     """
-    block = None if connection.turn is None else belonging.joined(connection)
-    return set(connection.savepoint_ids[: block and block.depth])
+    if connection.turn is None or (block := belonging.joined(connection)) is None:
+        return set(connection.savepoint_ids)
+    return set(connection.savepoint_ids[: block.depth])

@@ -322,6 +322,9 @@ class _TransactionContext(ThreadSensitiveContext):
     It's never entered or left by itself.
     """
 
+    # A task that shares the context had a block of its own meanwhile.
+    is_shared = False
+
     def __init__(self, block, route):
         self.block = block
         self.route = route
@@ -447,6 +450,10 @@ def install(block):
         outer = outer.route.context
     route = _Route(executor, outer)
     context = _TransactionContext(block, route)
+    if isinstance(outer, _TransactionContext):
+        task, other = belonging.running_task(), outer.block.task()
+        if other not in (None, task) and other.get_context() is task.get_context():
+            outer.is_shared = context.is_shared = True
     SyncToAsync.context_to_thread_executor[context] = route
     token = SyncToAsync.thread_sensitive_context.set(context)
     # It has priority over the context.
@@ -459,7 +466,10 @@ def uninstall(installed):
     context, token, current = installed
     if SyncToAsync.thread_sensitive_context.get(None) is not context:
         return
-    # In another context it's left there, and passes all work on.
+    if context.is_shared:
+        # The other block may be open. This one's passes all work on.
+        return
+    # In another context it's left there, and does so, too.
     with suppress(ValueError):
         SyncToAsync.thread_sensitive_context.reset(token)
         AsyncToSync.executors.current = current

@@ -46,7 +46,8 @@ class Turn:
     def __init__(self):
         self._lock = threading.Lock()
         self._holder = None
-        self._depth = 0
+        # How often the holder has taken it.
+        self.depth = 0
         # In the order of their arrival.
         self._requests = []
         # How often it was taken by somebody who didn't hold it.
@@ -64,11 +65,6 @@ class Turn:
         self.works = False
         self.finished = 0
 
-    @property
-    def depth(self):
-        """How often the holder has taken the turn."""
-        return self._depth
-
     def take(self, holder, ready, timeout, waiter_class=ThreadWaiter, patient=True):
         """
         Take the turn for `holder` once nobody else holds it and `ready()` is
@@ -79,7 +75,7 @@ class Turn:
         while True:
             with self._lock:
                 if self._holder == holder:
-                    self._depth += 1
+                    self.depth += 1
                     return True
                 if self._holder is None and ready():
                     self._give_to(holder)
@@ -105,21 +101,28 @@ class Turn:
             if remaining <= 0:
                 return False
 
+    def is_held_by(self, holder):
+        """Return whether `holder`, who asks, has the turn."""
+        return self._holder == holder
+
     def take_again(self, holder):
         """Take the turn if `holder` has it. Return whether that's so."""
+        if not self.is_held_by(holder):
+            return False
         with self._lock:
             if self._holder != holder:
                 return False
-            self._depth += 1
+            self.depth += 1
             return True
 
     def give(self):
         """Give back what one call of take() took."""
         with self._lock:
-            self._depth -= 1
-            if not self._depth:
+            self.depth -= 1
+            if not self.depth:
                 self._holder = None
-                self._serve()
+                if self._requests:
+                    self._serve()
 
     def pass_on(self, holder):
         """Let `holder` be the next one, when the present one gives it back."""
@@ -142,6 +145,9 @@ class Turn:
         Wait on the event loop until `ready()` is true. Return False if that
         was given up.
         """
+        with self._lock:
+            if ready():
+                return True
         patience = _Patience(self, ready, timeout)
         waiter = _LoopWaiter(asyncio.get_running_loop())
         request = _Request(ready, None, waiter)
@@ -167,8 +173,6 @@ class Turn:
             return waits
 
     def _serve(self):
-        if not self._requests:
-            return
         for request in self._requests.copy():
             takes = request.holder is not None
             if takes and self._holder is not None:
@@ -180,7 +184,7 @@ class Turn:
 
     def _give_to(self, holder):
         self._holder = holder
-        self._depth = 1
+        self.depth = 1
         self.count += 1
 
 

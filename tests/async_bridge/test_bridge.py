@@ -491,6 +491,21 @@ class ContextTests(BridgeTestCase):
 
         self.assertEqual(self.run_on_loop(main()), ["a", "b", "c"])
 
+    def test_wait_in_copy_of_context(self):
+        def inner():
+            var.set("copy")
+            wait()
+            return var.get()
+
+        def func():
+            return contextvars.copy_context().run(inner), var.get()
+
+        async def main():
+            var.set("task")
+            return await bridge.run(func)
+
+        self.assertEqual(self.run_on_loop(main()), ("copy", "task"))
+
 
 @unittest.skipUnless(greenlet, "greenlet is required.")
 class CancellationTests(BridgeTestCase):

@@ -80,6 +80,14 @@ class ResultTests(IteratorTestCase):
             rows = [row async for row in iterator]
         self.assertEqual(len(rows), NUMBER)
 
+    async def test_left_without_threads(self):
+        # A pool is opened by threads.
+        await Author.objects.aexists()
+        with no_threads() if is_native else nullcontext():
+            async with aclosing(self.authors.aiterator(2)) as iterator:
+                async for _ in iterator:
+                    break
+
     async def test_chunk_sizes(self):
         for chunk_size in (1, NUMBER - 1, NUMBER, NUMBER + 1):
             with self.subTest(chunk_size=chunk_size):

@@ -5,6 +5,7 @@ on the server, and leaves a connection that's clean or discarded.
 
 import asyncio
 import time
+from unittest import mock
 
 from django.contrib.auth.models import Group
 from django.db import connection, connections, run_sync, transaction
@@ -143,6 +144,23 @@ class Tests:
                 await Group.objects.filter(name="c").aupdate(name="b")
 
         self.check_everywhere(operation)
+
+    def test_manual_transaction(self):
+        async def operation():
+            await transaction.aset_autocommit(False)
+            try:
+                await Group.objects.acreate(name="b")
+                await transaction.acommit()
+            except BaseException:
+                await transaction.arollback()
+                raise
+            finally:
+                await transaction.aset_autocommit(True)
+
+        # What needn't wait for the server gives way to other tasks, too.
+        name = "django.db.backends.postgresql.waiting.MAX_BUSY_TIME"
+        with mock.patch(name, 0):
+            self.check_everywhere(operation)
 
     def test_siblings(self):
         """Only the query of the cancelled task is cancelled."""

@@ -8,7 +8,7 @@ The methods are found by introspection, so that a new one isn't forgotten.
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from inspect import isasyncgenfunction, iscoroutinefunction, unwrap
 from unittest import mock
@@ -255,13 +255,6 @@ class InventoryTests(InventoryTestCase):
                     with no_threads() if is_native else nullcontext():
                         await iterate(iterable)
                 self.assertNotEqual(executed, [])
-
-    async def test_left_iteration(self):
-        await Author.objects.abulk_create([Author(name=f"{n}") for n in range(9)])
-        with no_threads() if is_native else nullcontext():
-            async with aclosing(self.authors.aiterator(2)) as iterator:
-                async for _ in iterator:
-                    break
 
     async def test_prefetch(self):
         with no_threads() if is_native else nullcontext():

@@ -991,6 +991,24 @@ class ClosedTests(WaitingTestCase):
             gc.collect()
         self.assertSessionBecomes(pid, None)
 
+    def test_closed_meanwhile(self):
+        """No event loop reports that a socket was closed meanwhile."""
+
+        async def main():
+            conn = await self.aconnect(autocommit=True)
+            pid = conn.info.backend_pid
+            # The waits for one connection have a timer in common.
+            for _ in range(2):
+                await bridge.run(conn.execute, SLEEP, [0.15])
+            task = asyncio.create_task(bridge.run(conn.execute, SLEEP, [2]))
+            await waits_on_server(pid)
+            conn.close()
+            with self.assertRaises(psycopg.OperationalError):
+                await asyncio.wait_for(task, 10)
+            return pid
+
+        self.assertSessionBecomes(self.run_on_loop(main()), None)
+
 
 class BackendTests(WaitingTestCase):
     """Django's backend, with ASYNC_NATIVE."""

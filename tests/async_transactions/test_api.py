@@ -162,6 +162,46 @@ class ManualTransactionTests(AsyncTransactionTestCase):
         await transaction.aset_autocommit(True)
         await self.assertAsyncNames("a", "b")
 
+    async def outlive_nested_block(self):
+        over = asyncio.Event()
+
+        async def late():
+            await until(over)
+            msg = "can't use the database 'default' any more, because the block"
+            for call in (
+                transaction.acommit(),
+                transaction.arollback(),
+                transaction.aset_autocommit(True),
+                transaction.aset_autocommit(False),
+            ):
+                with self.assertRaisesMessage(TransactionManagementError, msg):
+                    await call
+
+        async with transaction.aatomic():
+            task = asyncio.create_task(late())
+            await Entry.objects.acreate(name="a")
+        over.set()
+        await task
+        await Entry.objects.acreate(name="b")
+
+    async def test_outliving_a_nested_block(self):
+        """Promise 4: who has outlived it doesn't end the transaction."""
+        await transaction.aset_autocommit(False)
+        try:
+            await self.outlive_nested_block()
+            self.assertIs(await transaction.aget_autocommit(), False)
+            await transaction.acommit()
+        finally:
+            await transaction.aset_autocommit(True)
+        await self.assertAsyncNames("a", "b")
+
+    async def test_outliving_a_nested_block_of_aatomic(self):
+        with self.assertRaises(Rollback):
+            async with transaction.aatomic():
+                await self.outlive_nested_block()
+                raise Rollback
+        await self.assertAsyncNames()
+
 
 class AutocommitOffTests(AsyncTransactionTestCase):
     """AUTOCOMMIT: False, where a block doesn't commit."""

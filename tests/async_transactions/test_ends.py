@@ -5,6 +5,8 @@ Promises 4 and 5: a block's end is the end, and who ends it doesn't matter.
 import asyncio
 import contextvars
 import threading
+from contextlib import suppress
+from functools import partial
 
 from asgiref.sync import async_to_sync, sync_to_async
 
@@ -19,6 +21,7 @@ from .base import (
     create_and_close,
     is_in_memory,
     names,
+    slow_query,
     until,
 )
 from .models import Entry
@@ -255,6 +258,206 @@ class OutlivingTests(AsyncTransactionTestCase):
             self.assertIsNot(transaction.get_connection(), captured)
             over.set()
             self.assertIs(await task, False)
+
+
+class OutlivedNestedBlockTests(AsyncTransactionTestCase):
+    """
+    Promise 2: who has outlived a nested block is still inside the ones around
+    it that are open. The blocks that it opens are nested in there.
+    """
+
+    databases = {"default", "other"}
+
+    async def outlive(self, use):
+        """Return a task that calls `use` after its nested block has ended."""
+        over = asyncio.Event()
+
+        async def late():
+            await until(over)
+            return await use()
+
+        async with transaction.aatomic():
+            task = asyncio.create_task(late())
+            await Entry.objects.acreate(name="nested")
+        over.set()
+        return task
+
+    async def use(self, **kwargs):
+        """Write in a block, and return what's seen there."""
+        async with transaction.aatomic(**kwargs):
+            seen = await names()
+            await Entry.objects.acreate(name="late")
+            await Entry.objects.using("other").acreate(name="late")
+        with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+            await Entry.objects.acreate(name="refused")
+        return seen
+
+    def use_sync(self, **kwargs):
+        """Do so synchronously."""
+        with transaction.atomic(**kwargs):
+            seen = sorted(Entry.objects.values_list("name", flat=True))
+            create("late")
+            Entry.objects.using("other").create(name="late")
+        with self.assertRaisesMessage(TransactionManagementError, OUTLIVED):
+            create("refused")
+        return seen
+
+    def use_in_thread(self, **kwargs):
+        try:
+            return self.use_sync(**kwargs)
+        finally:
+            connections.close_all()
+
+    def uses(self):
+        return {
+            "aatomic": self.use,
+            "sync_to_async": sync_to_async(self.use_sync),
+            "insensitive": sync_to_async(self.use_in_thread, thread_sensitive=False),
+            "to_thread": partial(asyncio.to_thread, self.use_in_thread),
+            "run_sync": partial(run_sync, self.use_sync),
+        }
+
+    async def test_rollback_of_the_block_around(self):
+        for name, use in self.uses().items():
+            with self.subTest(name):
+                with self.assertRaises(Rollback):
+                    async with transaction.aatomic():
+                        await Entry.objects.acreate(name="outer")
+                        seen = await (await self.outlive(use))
+                        self.assertEqual(seen, ["nested", "outer"])
+                        raise Rollback
+                await self.assertAsyncNames()
+                await Entry.objects.using("other").aget(name="late")
+            await Entry.objects.using("other").all().adelete()
+
+    async def test_rollback(self):
+        async def use():
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="rolled back")
+                raise Rollback
+
+        async with transaction.aatomic():
+            with self.assertRaises(Rollback):
+                await (await self.outlive(use))
+            await Entry.objects.acreate(name="outer")
+        await self.assertAsyncNames("nested", "outer")
+
+    async def test_durable(self):
+        msg = "A durable atomic block cannot be nested within another atomic block."
+        for name, use in self.uses().items():
+            with self.subTest(name):
+                with self.assertRaises(Rollback):
+                    async with transaction.aatomic():
+                        task = await self.outlive(partial(use, durable=True))
+                        with self.assertRaisesMessage(RuntimeError, msg):
+                            await task
+                        raise Rollback
+        await self.assertAsyncNames()
+
+    def test_below_a_sync_block(self):
+        async def main(use):
+            await Entry.objects.acreate(name="outer")
+            return await (await self.outlive(use))
+
+        for name, use in self.uses().items():
+            with self.subTest(name):
+                with self.assertRaises(Rollback), transaction.atomic():
+                    self.assertEqual(async_to_sync(main)(use), ["nested", "outer"])
+                    raise Rollback
+                self.assertNames()
+            Entry.objects.using("other").all().delete()
+
+    async def test_inside_a_block_for_another_database(self):
+        """The block that was outlived needn't be the innermost one."""
+
+        async def inside(use):
+            async with transaction.aatomic("other"):
+                self.seen = await use()
+                raise Rollback
+
+        def inside_sync(use):
+            with transaction.atomic("other"):
+                self.seen = use()
+                raise Rollback
+
+        uses = {
+            "asynchronous": partial(inside, self.use),
+            "asynchronous, synchronous": partial(
+                inside, partial(run_sync, self.use_sync)
+            ),
+            "synchronous": partial(run_sync, inside_sync, self.use_sync),
+            "synchronous, asynchronous": partial(
+                run_sync, inside_sync, async_to_sync(self.use)
+            ),
+        }
+        for name, use in uses.items():
+            with self.subTest(name):
+                async with transaction.aatomic():
+                    with self.assertRaises(Rollback):
+                        await (await self.outlive(use))
+                self.assertEqual(self.seen, ["nested"])
+                await self.assertAsyncNames("late", "nested")
+                self.assertIs(await Entry.objects.using("other").aexists(), False)
+            await Entry.objects.all().adelete()
+
+    async def test_turn(self):
+        entered = asyncio.Event()
+
+        async def use():
+            async with transaction.aatomic():
+                entered.set()
+                await Entry.objects.acreate(name="late")
+
+        async with transaction.aatomic():
+            task = await self.outlive(use)
+            with self.assertRaises(Rollback):
+                async with transaction.aatomic():
+                    await Entry.objects.acreate(name="rolled back")
+                    self.assertIs(entered.is_set(), False)
+                    raise Rollback
+            await task
+        await self.assertAsyncNames("late", "nested")
+
+    async def test_turn_that_never_comes(self):
+        sharing.TURN_TIMEOUT = 0.3
+
+        async def use():
+            async with transaction.aatomic():
+                self.fail("The block was entered.")
+
+        async with transaction.aatomic():
+            task = await self.outlive(use)
+            async with transaction.aatomic():
+                msg = "waited 0.3 seconds for the block that"
+                with self.assertRaisesMessage(TransactionManagementError, msg):
+                    await asyncio.wait_for(task, 10)
+        await self.assertAsyncNames("nested")
+
+    async def test_swallowed_cancellation(self):
+        """Promise 7: the outermost block, which is open, says so."""
+
+        async def use():
+            async with transaction.aatomic():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.2):
+                        await sync_to_async(slow_query)()
+
+        def block():
+            with transaction.atomic(), suppress(BaseException):
+                slow_query()
+
+        async def use_sync():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await run_sync(block)
+
+        msg = "was cancelled inside the block that"
+        for use in (use, use_sync):
+            with self.subTest(use=use):
+                with self.assertRaisesMessage(TransactionManagementError, msg):
+                    async with transaction.aatomic():
+                        await (await self.outlive(use))
+                await self.assertAsyncNames()
 
 
 class LeavingTests(AsyncTransactionTestCase):

@@ -209,6 +209,22 @@ class EveryAwaitMixin:
     async def test_siblings(self):
         await self.cancel_everywhere(self.scenarios.siblings)
 
+    async def test_nested_block_of_a_task(self):
+        """The block around it goes on."""
+        for number in itertools.count():
+            interruption = Interruption(number)
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name="a")
+                task = asyncio.create_task(interruption.run(nested("nested")))
+                await asyncio.wait([task], timeout=10)
+                await Entry.objects.acreate(name="b")
+            found = await names()
+            self.assertIn(found, (["a", "b"], ["a", "b", "nested"]), number)
+            if not interruption.happened:
+                self.assertIn("nested", found)
+                return
+            await Entry.objects.all().adelete()
+
     async def test_nested_block_to_wait_for(self):
         await self.cancel_everywhere(self.scenarios.nested_block_to_wait_for)
 

@@ -135,6 +135,36 @@ class NewConnectionTests(AsyncTransactionTestCase):
             await task
         await self.assertAsyncNames()
 
+    async def test_blocks_of_who_outlives_a_nested_one(self):
+        """They are inside of what's still open around that."""
+
+        def session_of_a_block():
+            with transaction.atomic():
+                return session()
+
+        async def late(over):
+            await until(over)
+            async with transaction.aatomic():
+                sessions = {await sync_to_async(session)()}
+            sessions.add(await sync_to_async(session_of_a_block)())
+            sessions.add(await run_sync(session_of_a_block))
+            return sessions
+
+        async def outlive(block):
+            over = asyncio.Event()
+            async with block:
+                task = asyncio.create_task(late(over))
+                await asyncio.sleep(0)
+            over.set()
+            return await task
+
+        async with new_connection():
+            own = await sync_to_async(session)()
+            self.assertEqual(await outlive(transaction.aatomic()), {own})
+        async with transaction.aatomic():
+            outer = await sync_to_async(session)()
+            self.assertEqual(await outlive(new_connection()), {outer})
+
     async def test_left_by_exceptions_and_cancellation(self):
         with self.assertRaises(Rollback):
             async with new_connection():

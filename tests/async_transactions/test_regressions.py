@@ -8,10 +8,11 @@ import gc
 import threading
 import time
 from contextlib import nullcontext
-from unittest import mock
+from unittest import mock, skipUnless
 
 from asgiref.sync import async_to_sync, sync_to_async
 
+import django.db.backends.sqlite3.base
 from django.db import (
     OperationalError,
     belonging,
@@ -165,6 +166,41 @@ class SharedContextTests(AsyncTransactionTestCase):
     async def test_sync_to_async_of_tasks_in_one_context(self):
         """asgiref asks for the thread before it copies the context."""
         await self.use_in_one_context(lambda: sync_to_async(create)("a"))
+
+    async def test_sync_to_async_after_the_end_of_another_block(self):
+        """
+        asgiref brings back the context that it copied before the block was
+        entered, and what the other one leaves behind is for this block, too.
+        """
+        if connection.vendor == "sqlite":
+            self.skipTest("A transaction keeps others from writing.")
+        context = contextvars.copy_context()
+        started = asyncio.Event()
+        ended = asyncio.Event()
+        entered = threading.Event()
+
+        async def other():
+            async with transaction.aatomic():
+                started.set()
+                await sync_to_async(entered.wait)(10)
+            ended.set()
+
+        async def rolls_back():
+            await until(started)
+            async with transaction.aatomic():
+                entered.set()
+                await until(ended)
+                await sync_to_async(create)("a")
+                raise Rollback
+
+        loop = asyncio.get_running_loop()
+        results = await asyncio.gather(
+            loop.create_task(other(), context=context),
+            loop.create_task(rolls_back(), context=context),
+            return_exceptions=True,
+        )
+        self.assertIsInstance(results[1], Rollback)
+        await self.assertAsyncNames()
 
     async def test_blocks_of_tasks_in_one_context(self):
         """Each is inside of its own, also in the thread that it calls."""
@@ -694,6 +730,49 @@ class FetchTests(AsyncTransactionTestCase):
             )
         self.assertEqual(results[0], [f"{n:03}" for n in range(100)])
         self.assertIsInstance(results[1], Rollback)
+
+
+class CursorTests(AsyncTransactionTestCase):
+    """What a driver can't bear."""
+
+    @skipUnless(connection.vendor == "sqlite", "A test for SQLite.")
+    async def test_closed_by_two_threads(self):
+        """
+        Leaving a block closes a cursor that another thread is closing, but not
+        at the same time: both would free its statement.
+        """
+        cursor_class = django.db.backends.sqlite3.base.SQLiteCursorWrapper
+        closing = threading.Event()
+        closes_too = threading.Event()
+        active = []
+        overlaps = []
+
+        def close(cursor):
+            active.append(cursor)
+            overlaps.append(len(active) > 1)
+            if closing.is_set():
+                closes_too.set()
+            else:
+                closing.set()
+                closes_too.wait(0.5)
+            super(cursor_class, cursor).close()
+            active.remove(cursor)
+
+        def select():
+            cursor = connection.cursor()
+            cursor.execute("SELECT 1")
+            return cursor
+
+        with mock.patch.object(cursor_class, "close", close, create=True):
+            with self.assertRaises(Rollback):
+                async with transaction.aatomic():
+                    cursor = await sync_to_async(select)()
+                    task = asyncio.create_task(asyncio.to_thread(cursor.close))
+                    await asyncio.to_thread(closing.wait)
+                    raise Rollback
+            await task
+        self.assertGreater(len(overlaps), 1)
+        self.assertNotIn(True, overlaps)
 
 
 class ReliefTests(AsyncTransactionTestCase):

@@ -1,8 +1,10 @@
-from django.db import connection
+from django.db import connection, models
+from django.db.models import Count, ExpressionWrapper, F, Q, Value, Window
 from django.db.models.base import ModelState
+from django.db.models.functions import Concat, RowNumber, Upper
 from django.db.models.signals import post_init, pre_init
 from django.db.models.sql.compiler import cursor_iter
-from django.test import TestCase
+from django.test import TestCase, skipUnlessDBFeature
 
 from .models import Item
 
@@ -107,3 +109,62 @@ class OverheadTests(TestCase):
         self.assertEqual(cache, {"parent": self.items[0]})
         child._state.__del__()
         self.assertEqual(cache, {})
+
+    def test_aggregate_within_filter(self):
+        Item.objects.create(name="f", parent=self.items[1])
+        counted = Item.objects.annotate(children=Count("item"))
+        for condition, names in [
+            (Q(children=1), "b"),
+            (Q(name="c") | Q(children=1), "bc"),
+            (Q(pk__gt=0) & (Q(name="c") | ~Q(children=0)), "bc"),
+            (Q(pk=F("pk") + F("children"), name__lt="c"), "a"),
+        ]:
+            with self.subTest(condition=condition):
+                queryset = counted.filter(condition)
+                self.assertEqual("".join(item.name for item in queryset), names)
+
+    @skipUnlessDBFeature("supports_over_clause")
+    def test_window_within_filter(self):
+        numbered = Item.objects.annotate(
+            number=Window(RowNumber(), order_by="name")
+        ).filter(Q(pk__gt=0) & Q(Q(number=2) | Q(number__gt=F("pk") * 0 + 4)))
+        self.assertEqual([item.name for item in numbered], ["b", "e"])
+
+    def test_contains_aggregate_of_where(self):
+        plain = Item.objects.filter(name="a").query.where
+        self.assertIs(plain.contains_aggregate, False)
+        self.assertIs(plain.contains_over_clause, False)
+        counted = Item.objects.annotate(children=Count("item"))
+        having = counted.filter(Q(name="a") | Q(children=1)).query.where
+        self.assertIs(having.contains_aggregate, True)
+        self.assertIs(having.contains_over_clause, False)
+
+    def test_insert_of_values_and_expressions(self):
+        created = Item.objects.bulk_create(
+            [
+                Item(name="v", parent=self.items[0]),
+                Item(name=Concat(Value("w"), Value("x"))),
+                Item(name=Upper(Value("y")), parent_id=self.items[1].pk),
+            ]
+        )
+        self.assertEqual(len(created), 3)
+        self.assertCountEqual(
+            Item.objects.exclude(pk__in=[item.pk for item in self.items]).values_list(
+                "name", "parent__name"
+            ),
+            [("v", "a"), ("wx", None), ("Y", "b")],
+        )
+        item = Item.objects.create(name=Concat(Value("z"), Upper(Value("z"))))
+        self.assertEqual(item.name, "zZ")
+        msg = "F() expressions can only be used to update, not to insert."
+        with self.assertRaisesMessage(ValueError, msg):
+            Item.objects.create(name=F("name"))
+
+    def test_field_formats_column(self):
+        class UpperField(models.CharField):
+            def select_format(self, compiler, sql, params):
+                return f"UPPER({sql})", params
+
+        upper = ExpressionWrapper(F("name"), output_field=UpperField())
+        names = Item.objects.annotate(upper=upper).values_list("upper", flat=True)
+        self.assertEqual("".join(names), "ABCDE")

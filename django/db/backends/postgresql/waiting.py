@@ -20,6 +20,7 @@ import logging
 import os
 import selectors
 import threading
+import weakref
 from contextlib import suppress
 from functools import partial
 from time import monotonic
@@ -37,6 +38,10 @@ logger = logging.getLogger("django.db.backends.postgresql")
 # wait.
 WAIT_R, WAIT_W = int(Wait.R), int(Wait.W)
 READY_R, READY_W = int(Ready.R), int(Ready.W)
+
+# Seconds after which a generator is asked again what it waits for. Its socket
+# may have been closed in the meantime, which no event loop reports.
+INTERVAL = 0.1
 
 # Seconds that cancelling a query may take, and then its end.
 CANCEL_TIMEOUT = 5
@@ -81,6 +86,7 @@ class WaitingConnection(psycopg.Connection):
         self.lock = Lock()
         # When it last gave way to other tasks, or was got from the pool.
         self.gave_way = 0
+        self._alarm = None
         # Closed because the query couldn't be ended otherwise.
         self._stopped = False
 
@@ -117,7 +123,7 @@ class WaitingConnection(psycopg.Connection):
             params.get("host") or params.get("hostaddr")
         )
 
-    def wait(self, gen, interval=0.1, **kwargs):
+    def wait(self, gen, interval=INTERVAL, **kwargs):
         waiting = bridge.current()
         if waiting is None:
             return super().wait(gen, interval, **kwargs)
@@ -133,7 +139,7 @@ class WaitingConnection(psycopg.Connection):
                 "The connection was closed, because its query was cancelled."
             )
         try:
-            return self._wait_in_bridge(gen, interval, **kwargs)
+            return self._wait_in_bridge(gen, **kwargs)
         except Exception:
             raise
         except BaseException:
@@ -145,7 +151,7 @@ class WaitingConnection(psycopg.Connection):
                     self._stop(gen)
             raise
 
-    def _wait_in_bridge(self, gen, interval, **kwargs):
+    def _wait_in_bridge(self, gen, **kwargs):
         state = None
         # Raise if there is none, before psycopg looks at the state.
         self.pgconn.socket
@@ -154,7 +160,7 @@ class WaitingConnection(psycopg.Connection):
         except StopIteration as exc:
             result = exc.value
         if state is not None:
-            result = bridge.await_(self._serve(gen, state, interval, **kwargs))
+            result = bridge.await_(self._serve(gen, state, **kwargs))
         elif monotonic() - self.gave_way < MAX_BUSY_TIME:
             return result
         else:
@@ -162,14 +168,16 @@ class WaitingConnection(psycopg.Connection):
         self.gave_way = monotonic()
         return result
 
-    async def _serve(self, gen, state, interval, timeout=None):
+    async def _serve(self, gen, state, timeout=None):
         """Give a generator what it waits for until it returns."""
+        loop = asyncio.get_running_loop()
+        if self._alarm is None or self._alarm.loop() is not loop:
+            self._alarm = _Alarm(loop)
         fileno = self.pgconn.socket
         deadline = None if timeout is None else monotonic() + timeout
         while True:
-            if deadline is not None:
-                interval = max(0, min(interval, deadline - monotonic()))
-            ready = await _wait_for_socket(fileno, state, interval)
+            remaining = None if deadline is None else max(0, deadline - monotonic())
+            ready = await _wait_for_socket(loop, fileno, state, self._alarm, remaining)
             try:
                 state = gen.send(ready)
             except StopIteration as exc:
@@ -187,9 +195,7 @@ class WaitingConnection(psycopg.Connection):
             self.cancel_safe(timeout=CANCEL_TIMEOUT)
             # It may have to send something before it can receive the result.
             state = gen.send(Ready.NONE)
-            bridge.await_(
-                asyncio.wait_for(self._serve(gen, state, 0.1), CANCEL_TIMEOUT)
-            )
+            bridge.await_(asyncio.wait_for(self._serve(gen, state), CANCEL_TIMEOUT))
         except (StopIteration, psycopg.errors.QueryCanceled):
             pass
         except Exception as exc:
@@ -240,11 +246,12 @@ class WaitingConnection(psycopg.Connection):
             return False
 
     def set_autocommit(self, value):
-        # Django does so whenever it gets a connection from a pool.
-        if (
-            value != self._autocommit
-            or self.pgconn.transaction_status != TransactionStatus.IDLE
-        ):
+        # It doesn't wait for the server. psycopg has a generator for it. If
+        # that gave way to other tasks, a cancellation would come before Django
+        # has noted the new value.
+        if self.pgconn.transaction_status == TransactionStatus.IDLE:
+            self._autocommit = bool(value)
+        else:
             super().set_autocommit(value)
 
     # Once sent, it's done: whether it was is known only afterwards.
@@ -273,31 +280,52 @@ def _connector(connection_class, attempts):
     return Connector
 
 
-async def _wait_for_socket(fileno, state, interval):
+class _Alarm:
+    """
+    What ends the waits for one connection on one event loop after a while,
+    perhaps early: a timer serves all that begin before it's due.
+
+    The event loop refers to it, so it doesn't refer to what leads to a task.
+    """
+
+    def __init__(self, loop):
+        self.loop = weakref.ref(loop)
+        self._future = None
+        self._is_set = False
+
+    def set(self, loop, future):
+        self._future = weakref.ref(future)
+        if not self._is_set:
+            loop.call_later(INTERVAL, self._ring)
+            self._is_set = True
+
+    def _ring(self):
+        self._is_set = False
+        if (future := self._future()) is not None:
+            _wake(future, 0)
+
+
+def _wake(future, ready):
+    if not future.done():
+        future.set_result(ready)
+
+
+async def _wait_for_socket(loop, fileno, state, alarm, timeout):
     """Return what a socket is ready for, which is nothing after a while."""
-    loop = asyncio.get_running_loop()
     future = loop.create_future()
-    ready = 0
-
-    def wake(flag):
-        nonlocal ready
-        ready |= flag
-        if not future.done():
-            future.set_result(None)
-
+    alarm.set(loop, future)
     timer = None
     try:
         try:
             if state & WAIT_R:
-                loop.add_reader(fileno, wake, READY_R)
+                loop.add_reader(fileno, _wake, future, READY_R)
             if state & WAIT_W:
-                loop.add_writer(fileno, wake, READY_W)
+                loop.add_writer(fileno, _wake, future, READY_W)
         except OSError as exc:
             raise psycopg.OperationalError("connection socket closed") from exc
-        # The socket may have been closed in the meantime, which no event loop
-        # reports.
-        timer = loop.call_later(interval, wake, 0)
-        await future
+        if timeout is not None:
+            timer = loop.call_later(timeout, _wake, future, 0)
+        return await future
     finally:
         if timer is not None:
             timer.cancel()
@@ -306,7 +334,6 @@ async def _wait_for_socket(fileno, state, interval):
                 loop.remove_reader(fileno)
             if state & WAIT_W:
                 loop.remove_writer(fileno)
-    return ready
 
 
 async def _call_in_thread(func, undo=lambda result: None):
