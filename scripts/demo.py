@@ -1,20 +1,24 @@
 """
-Show what stock Django and this fork answer to the forum's questions.
+Show what stock Django, django-async-backend and this fork answer to the
+forum's questions, and to two more.
 
     python3 scripts/demo.py
     python3 scripts/demo.py --tree build/django
 
-Create two virtual environments, one with stock Django and one with the fork
-built from this repository. Start a PostgreSQL, or use the one DATABASE_URL
-names. Run demo_worker.py with stock Django, with the fork, whose asynchronous
-code waits for the database in threads by default, and with the fork in native
-mode, where it waits on the event loop. Print what they answer in a table, and
-what many concurrent transactions cost in another one. What the tables say was
+Create virtual environments with stock Django, with django-async-backend, and
+with the fork built from this repository. Start a PostgreSQL, or use the one
+DATABASE_URL names. Run demo_worker.py with each of them, and twice with the
+fork: its asynchronous code waits for the database in threads by default, and
+on the event loop in native mode. Print what they answer in a table, and what
+many concurrent transactions cost in another one. What the tables say was
 observed in this run. Everything is in a temporary directory, which is deleted
 at the end. Takes a minute or two.
 
-Exit codes: 0 if the fork keeps every promise shown, 1 if it breaks one, 2 if
-the demo cannot run here; the error says what to do.
+Whoever can't be installed is left out, unless it's stock Django or the fork.
+
+Exit codes: 0 if the fork keeps every promise shown, 1 if it breaks one, or if
+README.md says otherwise about anybody, 2 if the demo cannot run here; the
+error says what to do.
 """
 
 import argparse
@@ -33,12 +37,17 @@ import postgres
 from own_server import ServerError, unwind_on_termination
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 WORKER = ROOT / "scripts" / "demo_worker.py"
 
 PYTHON = (3, 12)
 NEWER = ["python3.14", "python3.13", "python3.12"]
 
 DRIVER = "psycopg[binary,pool]"
+
+STOCK, ASYNC_BACKEND = "Stock Django", "django-async-backend"
+# README.md's table is about this one.
+ASYNC_BACKEND_REQUIREMENT = f"{ASYNC_BACKEND}==6.1.5"
 
 # What a tree of Django needs besides what stock Django requires.
 OF_TREE = ["asgiref>=3.13.0", "greenlet>=3.1"]
@@ -186,7 +195,9 @@ def table(results, width):
     """Return the lines of a table: question, and a column for each result."""
     column = (width - QUESTION_WIDTH) // len(results) - 3
     widths = [QUESTION_WIDTH, *[column] * len(results)]
-    titles = [f"{name}: Django {result['django']}" for name, result in results.items()]
+    titles = [
+        f"{name}: {', '.join(result['packages'])}" for name, result in results.items()
+    ]
     yield from row(["Question", *titles], widths)
     for answers in zip(*[result["answers"] for result in results.values()]):
         yield rule(widths)
@@ -223,13 +234,49 @@ def row(cells, widths):
         yield line.rstrip()
 
 
+def readme_table():
+    """Return the rows of README.md's table about those who are asked."""
+    text = README.read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    header, _, *rows = rows
+    return [dict(zip(header, cells, strict=True)) for cells in rows]
+
+
+def readme_differences(results):
+    """Return what README.md says otherwise, a line for each cell."""
+    *rows, last = readme_table()
+    differences = []
+    for name, result in results.items():
+        words = [row[name].split()[0].strip(",") for row in rows]
+        observed = ["yes" if answer["kept"] else "no" for answer in result["answers"]]
+        if len(words) != len(observed):
+            raise DemoError("README.md's table needs a row for each question.")
+        for row, word, answer in zip(rows, words, observed):
+            if word != answer:
+                differences.append(f'{name}: "{row[""]}": {word}')
+        if (last[name] == "1 in all") != (result["load"]["threads"] == 1):
+            differences.append(f'{name}: "{last[""]}": {last[name]}')
+    return differences
+
+
 def report(results):
-    """Print the results, stock Django's first; return the exit code."""
-    stock, *forks = results.values()
+    """Print the results; return the exit code."""
     for name, result in results.items():
         if "error" in result:
             print(f"demo.py: {name}: {result['error']}", file=sys.stderr)
-    if any("error" in fork for fork in forks):
+    if "error" in results.get(ASYNC_BACKEND, ()):
+        del results[ASYNC_BACKEND]
+    stock = results[STOCK]
+    forks = {
+        name: result
+        for name, result in results.items()
+        if name not in (STOCK, ASYNC_BACKEND)
+    }
+    if any("error" in fork for fork in forks.values()):
         return 1
     if "error" in stock:
         return 2
@@ -246,7 +293,7 @@ def report(results):
     counts = ", ".join(f"{name} {count} of {total}" for name, count in kept.items())
     print(f"\nAs promised: {counts}.")
     broken = False
-    for name, fork in list(results.items())[1:]:
+    for name, fork in forks.items():
         if not fork["load"]["kept"]:
             print(
                 f"{name}: The transactions did not run at the same time, or native "
@@ -254,6 +301,9 @@ def report(results):
             )
             broken = True
         broken = broken or kept[name] < total
+    if differences := readme_differences(results):
+        print("README.md's table says otherwise:\n" + "\n".join(differences))
+        broken = True
     return 1 if broken else 0
 
 
@@ -263,6 +313,17 @@ def run(tree=None):
         directory = pathlib.Path(name)
         progress("Installing stock Django")
         stock = create_environment(directory / "stock", stock_requirement(), DRIVER)
+        progress(f"Installing {ASYNC_BACKEND}")
+        try:
+            async_backend = create_environment(
+                directory / "async-backend",
+                stock_requirement(),
+                ASYNC_BACKEND_REQUIREMENT,
+                DRIVER,
+            )
+        except DemoError as error:
+            async_backend = None
+            print(f"It's left out. {error}", flush=True)
         if tree is None:
             progress("Building and installing the fork")
             requirements = [f"{ROOT}[async]"]
@@ -280,7 +341,12 @@ def run(tree=None):
             server = postgres.server()
         with server as url:
             progress("Asking stock Django")
-            results = {"Stock": run_worker(stock, url)}
+            results = {STOCK: run_worker(stock, url)}
+            if async_backend is not None:
+                progress(f"Asking {ASYNC_BACKEND}")
+                results[ASYNC_BACKEND] = run_worker(
+                    async_backend, url, "--async-backend"
+                )
             progress("Asking the fork")
             results["Thread mode"] = run_worker(fork, url, tree=tree)
             progress("Asking the fork in native mode")

@@ -3,12 +3,13 @@ Answer the forum's questions with the Django that is installed.
 
     python scripts/demo_worker.py
     python scripts/demo_worker.py --native
+    python scripts/demo_worker.py --async-backend
 
-demo.py starts this with stock Django, with the fork, and with the fork in
-native mode. It uses the server that DATABASE_URL names, creates one table
-there and drops it. The output is a JSON object: the versions, for each
-question what was observed and whether the fork's promise was kept, and what
-many concurrent transactions cost.
+demo.py starts this with stock Django, with django-async-backend, with the
+fork, and with the fork in native mode. It uses the server that DATABASE_URL
+names, creates one table there and drops it. The output is a JSON object: the
+versions, for each question what was observed and whether the fork's promise
+was kept, and what many concurrent transactions cost.
 
 Exit codes: 0 if all questions were answered, 2 if the server does not answer.
 """
@@ -58,10 +59,6 @@ class AsyncAtomicContextManager(transaction.Atomic):
         await sync_to_async(super().__exit__)(exc_type, exc_value, traceback)
 
 
-# The best that the installed Django has to offer.
-block = getattr(transaction, "aatomic", AsyncAtomicContextManager)
-
-
 class Rollback(Exception):
     """What the blocks below fail with."""
 
@@ -96,7 +93,88 @@ def backend():
         return cursor.fetchone()[0]
 
 
-abackend = sync_to_async(backend)
+class Stock:
+    """What stock Django has to offer to asynchronous code."""
+
+    packages = ["Django"]
+    settings = {}
+    database = {}
+    block = AsyncAtomicContextManager
+    backend = staticmethod(sync_to_async(backend))
+
+    @property
+    def entries(self):
+        return Entry.objects
+
+    async def open_pool(self):
+        connections["pooled"].pool.open(wait=True)
+
+    async def close_pool(self):
+        connections["pooled"].close_pool()
+
+    async def transaction(self):
+        await sync_to_async(sleep_in_transaction)()
+
+
+class Fork(Stock):
+    @property
+    def block(self):
+        return transaction.aatomic
+
+    async def transaction(self):
+        async with self.block(using="pooled"):
+            await django.db.run_sync(sleep_in_database)
+
+
+class AsyncBackend:
+    """django-async-backend, which can't be imported before it's configured."""
+
+    packages = ["Django", "django-async-backend"]
+    settings = {"INSTALLED_APPS": ["django_async_backend"]}
+    database = {"ENGINE": "django_async_backend.db.backends.postgresql"}
+
+    @property
+    def block(self):
+        from django_async_backend.db.transaction import async_atomic
+
+        return async_atomic
+
+    @property
+    def entries(self):
+        return Entry.async_objects
+
+    async def backend(self):
+        return await self.value("default", "SELECT pg_backend_pid()")
+
+    async def open_pool(self):
+        from django_async_backend.db import async_connections
+
+        await async_connections["pooled"].pool.open(wait=True)
+
+    async def close_pool(self):
+        from django_async_backend.db import async_connections
+
+        await async_connections["pooled"].close_pool()
+
+    async def transaction(self):
+        from django_async_backend.db import close_old_async_connections
+
+        try:
+            async with self.block(using="pooled"):
+                await self.value("pooled", "SELECT pg_sleep(%s)", [DURATION])
+        finally:
+            await close_old_async_connections()
+
+    async def value(self, alias, sql, params=None):
+        from django_async_backend.db import async_connections
+
+        async with await async_connections[alias].cursor() as cursor:
+            await cursor.execute(sql, params)
+            return (await cursor.fetchone())[0]
+
+
+# What is asked. main() decides.
+offer = Fork() if hasattr(transaction, "aatomic") else Stock()
 
 
 async def two_tasks(observer):
@@ -108,15 +186,15 @@ async def two_tasks(observer):
     backends = []
 
     async def first():
-        async with block():
-            backends.append(await abackend())
+        async with offer.block():
+            backends.append(await offer.backend())
             first_is_open.set()
             await second_is_closed.wait()
 
     async def second():
         await first_is_open.wait()
-        async with block():
-            backends.append(await abackend())
+        async with offer.block():
+            backends.append(await offer.backend())
             transactions = observer.open_transactions()
         second_is_closed.set()
         return transactions
@@ -143,8 +221,8 @@ async def other_thread(observer):
         return backend()
 
     with contextlib.suppress(Rollback):
-        async with block():
-            of_block = await abackend()
+        async with offer.block():
+            of_block = await offer.backend()
             of_thread = await asyncio.to_thread(work)
             raise Rollback
     survived = "thread" in observer.names()
@@ -158,8 +236,8 @@ def loop_in_atomic(observer, start):
     """Create a row in a coroutine below atomic()."""
 
     async def work():
-        await Entry.objects.acreate(name="coroutine")
-        return await abackend()
+        await offer.entries.acreate(name="coroutine")
+        return await offer.backend()
 
     with contextlib.suppress(Rollback), transaction.atomic():
         of_block = backend()
@@ -197,8 +275,8 @@ async def overlapping_blocks(observer):
 
     async def first():
         with contextlib.suppress(Rollback):
-            async with block():
-                await Entry.objects.acreate(name="failed")
+            async with offer.block():
+                await offer.entries.acreate(name="failed")
                 first_wrote.set()
                 await second_wrote.wait()
                 raise Rollback
@@ -206,8 +284,8 @@ async def overlapping_blocks(observer):
 
     async def second():
         await first_wrote.wait()
-        async with block():
-            await Entry.objects.acreate(name="successful")
+        async with offer.block():
+            await offer.entries.acreate(name="successful")
             second_wrote.set()
             await first_failed.wait()
 
@@ -216,7 +294,7 @@ async def overlapping_blocks(observer):
         tasks.create_task(second())
     names = observer.names()
     return names == {"successful"}, (
-        f"With {block.__name__}: "
+        f"With {offer.block.__name__}: "
         + outcome("the failed block's row", "failed" in names)
         + outcome(" The successful block's row", "successful" in names)
     )
@@ -230,14 +308,14 @@ async def race(observer):
     touched, checked, wrote, created, read = (asyncio.Event() for _ in range(5))
 
     async def older_task():
-        await Entry.objects.acount()
+        await offer.entries.acount()
         touched.set()
         await checked.wait()
-        of_task = await abackend()
-        await Entry.objects.acreate(name="task")
+        of_task = await offer.backend()
+        await offer.entries.acreate(name="task")
         wrote.set()
         await created.wait()
-        seen = await Entry.objects.filter(name="block").aexists()
+        seen = await offer.entries.filter(name="block").aexists()
         read.set()
         return of_task, seen
 
@@ -245,12 +323,12 @@ async def race(observer):
         task = tasks.create_task(older_task())
         await touched.wait()
         with contextlib.suppress(Rollback):
-            async with block():
-                of_block = await abackend()
-                if not await Entry.objects.filter(name="block").aexists():
+            async with offer.block():
+                of_block = await offer.backend()
+                if not await offer.entries.filter(name="block").aexists():
                     checked.set()
                     await wrote.wait()
-                    await Entry.objects.acreate(name="block")
+                    await offer.entries.acreate(name="block")
                     created.set()
                     await read.wait()
                 raise Rollback
@@ -261,6 +339,29 @@ async def race(observer):
         f"{'sees' if seen else 'does not see'} the block's uncommitted row. "
         + outcome("The task's row", "task" in names)
     )
+
+
+async def own_tasks(observer):
+    """Does a block cover the tasks that it starts with gather()?"""
+    with contextlib.suppress(Rollback):
+        async with offer.block():
+            of_block = await offer.backend()
+            of_task, _ = await asyncio.gather(
+                offer.backend(), offer.entries.acreate(name="task")
+            )
+            raise Rollback
+    survived = "task" in observer.names()
+    return of_task == of_block and not survived, (
+        f"The block runs on backend {of_block}, its task on {of_task}. "
+        + outcome("The task's row", survived)
+    )
+
+
+async def overridden_save(observer):
+    """Does acreate() call a save() method that the model overrides?"""
+    entry = await offer.entries.acreate(name="entry")
+    called = entry.saved and "entry" in observer.names()
+    return called, f"It {'is' if called else 'is not'} called."
 
 
 def outcome(row, exists):
@@ -275,6 +376,8 @@ QUESTIONS = [
     loop_of_asgiref,
     overlapping_blocks,
     race,
+    own_tasks,
+    overridden_save,
 ]
 
 
@@ -344,31 +447,28 @@ async def request():
     """Be a request that consists of a transaction."""
     # The ASGI handler gives each request a thread for synchronous code.
     async with ThreadSensitiveContext():
-        if hasattr(transaction, "aatomic"):
-            async with transaction.aatomic(using="pooled"):
-                await django.db.run_sync(sleep_in_database)
-        else:
-            await sync_to_async(sleep_in_transaction)()
+        await offer.transaction()
 
 
 async def many_requests():
-    # What is done once doesn't count.
-    await request()
-    async with Meter() as meter:
-        async with asyncio.timeout(TIMEOUT), asyncio.TaskGroup() as tasks:
-            for _ in range(TRANSACTIONS):
-                tasks.create_task(request())
+    # In tasks of their own, since django-async-backend's connections are
+    # inherited, but belong to a task.
+    await asyncio.create_task(offer.open_pool())
+    try:
+        # What is done once doesn't count.
+        await asyncio.create_task(request())
+        async with Meter() as meter:
+            async with asyncio.timeout(TIMEOUT), asyncio.TaskGroup() as tasks:
+                for _ in range(TRANSACTIONS):
+                    tasks.create_task(request())
+    finally:
+        await asyncio.create_task(offer.close_pool())
     return meter
 
 
 def measure(native):
     """Return what concurrent transactions cost, and whether as promised."""
-    pool = connections["pooled"].pool
-    pool.open(wait=True)
-    try:
-        meter = asyncio.run(many_requests())
-    finally:
-        connections["pooled"].close_pool()
+    meter = asyncio.run(many_requests())
     # One after the other, they would take longer.
     kept = meter.seconds < TRANSACTIONS * DURATION
     return {
@@ -387,6 +487,7 @@ def configure(database, native):
     """Set Django up for one table."""
     global Entry
 
+    database |= offer.database
     database["OPTIONS"] |= {
         "application_name": APPLICATION_NAME,
         # A lock that is never released must not look like patience.
@@ -395,22 +496,32 @@ def configure(database, native):
     database["ASYNC_NATIVE"] = native
     pool = {"min_size": POOL_SIZE, "max_size": POOL_SIZE, "timeout": TIMEOUT}
     pooled = {**database, "OPTIONS": {**database["OPTIONS"], "pool": pool}}
-    settings.configure(DATABASES={"default": database, "pooled": pooled})
+    databases = {"default": database, "pooled": pooled}
+    settings.configure(DATABASES=databases, **offer.settings)
     django.setup()
 
     class Entry(models.Model):
         name = models.CharField(max_length=20, unique=True)
+        saved = False
 
         class Meta:
             app_label = "demo"
             # The server may be somebody's, and used by two demos.
             db_table = f"aatomic_demo_{os.getpid()}"
 
+        def save(self, **kwargs):
+            super().save(**kwargs)
+            self.saved = True
+
 
 def main(arguments):
     """Answer the questions; return the exit code."""
+    global offer
+
     url = os.environ["DATABASE_URL"]
     native = arguments == ["--native"]
+    if arguments == ["--async-backend"]:
+        offer = AsyncBackend()
     try:
         configure(postgres.database_settings(url), native)
     except ServerError as error:
@@ -426,7 +537,9 @@ def main(arguments):
         observer.connection.execute(f"DROP TABLE {Entry._meta.db_table}")
     version = observer.connection.info.server_version
     result = {
-        "django": importlib.metadata.version("Django"),
+        "packages": [
+            f"{name} {importlib.metadata.version(name)}" for name in offer.packages
+        ],
         "python": ".".join(map(str, sys.version_info[:3])),
         "postgresql": f"{version // 10000}.{version % 10000}",
         "answers": answers,

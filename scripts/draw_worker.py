@@ -38,7 +38,7 @@ async def race():
     # Not on top: Django has to be configured.
     from tracing.base import who
 
-    Entry, block = demo_worker.Entry, demo_worker.block
+    Entry, block = demo_worker.Entry, demo_worker.offer.block
     begun, checked, wrote, created, read = (asyncio.Event() for _ in range(5))
 
     async def import_rows():

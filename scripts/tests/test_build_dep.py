@@ -49,6 +49,58 @@ class DraftTests(unittest.TestCase):
         [told] = re.findall(r"(\d+)\s+patches\s+against", self.text)
         self.assertEqual(int(told), len(patches))
 
+    def test_pull_requests(self):
+        """It tells how many docs/submitting.md proposes."""
+        text = (DRAFT.parent / "submitting.md").read_text()
+        numbers = re.findall(r"^\| (\d+) \| [AB-]", text, re.MULTILINE)
+        [told] = re.findall(r"(\d+)\s+pull\s+requests,", self.text)
+        self.assertEqual(numbers, [str(n) for n in range(1, int(told) + 1)])
+
+    def test_throughput(self):
+        """Its table has what was measured, in operations per second."""
+        results = (DRAFT.parent / "benchmarks" / "results.md").read_text()
+        measured = {}
+        for section in results.split("\n### ")[1:]:
+            title = section.partition("\n")[0]
+            for name, figure in re.findall(
+                r"^\| (.+?) \| ([\d,]+) \(", section, re.MULTILINE
+            ):
+                name = re.sub("^fork,", "Proposal,", name)
+                measured.setdefault(name.replace("stock ", ""), {})[title] = figure
+        rows = re.findall(
+            r"^(\S.*\S) {2,}([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+)$",
+            self.text,
+            re.MULTILINE,
+        )
+        self.assertEqual(
+            {name: figures for name, *figures in rows},
+            {
+                name: [
+                    figures["Get by key, 1 task"],
+                    figures["Get by key, 50 tasks"],
+                    figures["List of 100, 50 tasks"],
+                    figures["Transaction, 50 tasks"],
+                ]
+                for name, figures in measured.items()
+            },
+        )
+
+    def test_ratios(self):
+        """So has its table of ratios."""
+        results = (DRAFT.parent / "benchmarks" / "results.md").read_text()
+        rows = re.findall(
+            r"^(\S.*\S) {2,}(\d\.\d\d) +(\d\.\d\d)$", self.text, re.MULTILINE
+        )
+        self.assertEqual(len(rows), 4)
+        for name, *ratios in rows:
+            name = re.sub("^Django,", "stock Django,", name)
+            for operation, ratio in zip(("Get by key", "Transaction"), ratios):
+                with self.subTest(name=name, operation=operation):
+                    self.assertRegex(
+                        results,
+                        rf"\| {operation}, 50 tasks \| (the .*: )?{name} \| {ratio} ",
+                    )
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -21,7 +21,7 @@ def result(*kept, version="6.1.3", load=True):
         for number, value in enumerate(kept, 1)
     ]
     return {
-        "django": version,
+        "packages": [f"Django {version}"],
         "python": "3.13.0",
         "postgresql": "18.6",
         "answers": answers,
@@ -45,10 +45,16 @@ class OutputMixin:
 
 
 class ReportTests(OutputMixin, unittest.TestCase):
-    def report(self, stock, fork, native=None):
+    def report(self, stock, fork, native=None, differences=(), **others):
         """Return the exit code, and what was written to stdout and stderr."""
-        results = {"Stock": stock, "Thread mode": fork, "Native mode": native or fork}
-        return self.call(demo.report, results)
+        results = {
+            "Stock Django": stock,
+            "Thread mode": fork,
+            "Native mode": native or fork,
+            **others,
+        }
+        with mock.patch("demo.readme_differences", return_value=differences):
+            return self.call(demo.report, results)
 
     def test_kept(self):
         code, stdout, _ = self.report(
@@ -56,10 +62,11 @@ class ReportTests(OutputMixin, unittest.TestCase):
             result(True, True, version="6.1.3+aatomic.1"),
         )
         self.assertEqual(code, 0)
-        self.assertIn("Stock: Django 6.1.3 ", stdout)
+        self.assertIn("Stock Django: Django 6.1.3 ", stdout)
         self.assertIn(" 6.1.3+aatomic.1 ", stdout)
         self.assertIn(
-            "As promised: Stock 1 of 2, Thread mode 2 of 2, Native mode 2 of 2.", stdout
+            "As promised: Stock Django 1 of 2, Thread mode 2 of 2, Native mode 2 of 2.",
+            stdout,
         )
 
     def test_broken(self):
@@ -93,19 +100,95 @@ class ReportTests(OutputMixin, unittest.TestCase):
     def test_stock_fails(self):
         code, _, stderr = self.report({"error": "Traceback"}, result(True))
         self.assertEqual(code, 2)
-        self.assertIn("demo.py: Stock: Traceback", stderr)
+        self.assertIn("demo.py: Stock Django: Traceback", stderr)
+
+    def test_other_breaks(self):
+        """Nobody but the fork has promised anything."""
+        others = {demo.ASYNC_BACKEND: result(False)}
+        code, stdout, _ = self.report(result(True), result(True), **others)
+        self.assertEqual(code, 0)
+        self.assertIn("django-async-backend 0 of 1", stdout)
+
+    def test_other_fails(self):
+        others = {demo.ASYNC_BACKEND: {"error": "Traceback"}}
+        code, stdout, stderr = self.report(result(True), result(True), **others)
+        self.assertEqual(code, 0)
+        self.assertIn("demo.py: django-async-backend: Traceback", stderr)
+        self.assertNotIn("django-async-backend", stdout)
+
+    def test_readme_differs(self):
+        code, stdout, _ = self.report(
+            result(True), result(True), differences=["Stock Django: no"]
+        )
+        self.assertEqual(code, 1)
+        self.assertIn("says otherwise:\nStock Django: no", stdout)
 
     def test_table(self):
-        results = {"Stock": result(False, True), "Thread mode": result(True, True)}
+        results = {
+            "Stock Django": result(False, True),
+            "Thread mode": result(True, True),
+        }
         lines = list(demo.table(results, 100))
         self.assertEqual(max(map(len, lines)), 100)
         columns = [[cell.strip() for cell in line.split("|")] for line in lines]
         self.assertIn(["Question 1?", "NO. Observed.", "Yes. Observed."], columns)
 
     def test_load_table(self):
-        lines = list(demo.load_table({"Stock": result(), "Thread mode": result()}))
+        lines = list(
+            demo.load_table({"Stock Django": result(), "Thread mode": result()})
+        )
         columns = [[cell.strip() for cell in line.split("|")] for line in lines]
         self.assertIn(["Thread mode", "0.25 s", "7", "31 ms"], columns)
+
+
+class ReadmeTests(unittest.TestCase):
+    TABLE = """
+| | Stock Django | Native mode |
+|-|-|-|
+| First | no, both share one | yes |
+| Second | yes | yes |
+| Threads | one each | 1 in all |
+"""
+
+    def differences(self, stock, native, table=TABLE):
+        native["load"]["threads"] = 1
+        with tempfile.TemporaryDirectory() as name:
+            readme = pathlib.Path(name, "README.md")
+            readme.write_text(table)
+            with mock.patch("demo.README", readme):
+                return demo.readme_differences(
+                    {"Stock Django": stock, "Native mode": native}
+                )
+
+    def test_none(self):
+        self.assertEqual(self.differences(result(False, True), result(True, True)), [])
+
+    def test_some(self):
+        self.assertEqual(
+            self.differences(
+                result(True, True),
+                result(True, False),
+                self.TABLE.replace(
+                    "| one each | 1 in all |", "| 1 in all | one each |"
+                ),
+            ),
+            [
+                'Stock Django: "First": no',
+                'Stock Django: "Threads": 1 in all',
+                'Native mode: "Second": yes',
+                'Native mode: "Threads": one each',
+            ],
+        )
+
+    def test_missing_row(self):
+        with self.assertRaisesRegex(demo.DemoError, "a row for each question"):
+            self.differences(result(True, True, True), result(True, True, True))
+
+    def test_names(self):
+        """README.md's table has a column for everybody who is asked."""
+        columns = {"", "Stock Django", demo.ASYNC_BACKEND, "Thread mode", "Native mode"}
+        for row in demo.readme_table():
+            self.assertEqual(set(row), columns)
 
 
 class PythonTests(OutputMixin, unittest.TestCase):

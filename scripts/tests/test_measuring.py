@@ -426,12 +426,12 @@ class EnvironmentTests(unittest.TestCase):
 
     def test_address(self):
         self.assertEqual(
-            address.parameters("postgresql://me:p%40ss@/db?host=/tmp/x&port=5432"),
+            address.parameters("postgresql://me:p%40ss@/db?host=/sockets&port=5432"),
             {
                 "user": "me",
                 "password": "p@ss",
                 "dbname": "db",
-                "host": "/tmp/x",
+                "host": "/sockets",
                 "port": "5432",
             },
         )
