@@ -48,7 +48,7 @@ def transaction_threads():
     ]
 
 
-def wait_until(condition, timeout=5):
+def wait_until(condition, timeout=15):
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:

@@ -29,8 +29,9 @@ class Server:
     Each alias has a name of its own in pg_stat_activity.
     """
 
-    def __init__(self, program, **default):
-        self.databases = self.make_databases(f"{program} {os.getpid()}", default)
+    def __init__(self, program, pool_timeout=30, **default):
+        name = f"{program} {os.getpid()}"
+        self.databases = self.make_databases(name, pool_timeout, default)
         self.output = tempfile.TemporaryFile()
         with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
             self.address = listener.getsockname()
@@ -57,7 +58,7 @@ class Server:
                 stderr=subprocess.STDOUT,
             )
 
-    def make_databases(self, name, default):
+    def make_databases(self, name, pool_timeout, default):
         """
         Return the settings: of the tests' databases, of one whose connections
         are persistent, and of one with a pool.
@@ -77,7 +78,7 @@ class Server:
             databases["pooled"]["OPTIONS"]["pool"] = {
                 "min_size": 0,
                 "max_size": 4,
-                "timeout": 5,
+                "timeout": pool_timeout,
             }
             for alias, settings in databases.items():
                 settings["OPTIONS"]["application_name"] = f"{name} {alias}"
@@ -86,7 +87,7 @@ class Server:
     def connect(self):
         if self.process.poll() is not None:
             raise ChildProcessError(f"The server has ended:\n{self.log()}")
-        return http.client.HTTPConnection(*self.address, timeout=30)
+        return http.client.HTTPConnection(*self.address, timeout=60)
 
     def stop(self):
         self.process.terminate()
