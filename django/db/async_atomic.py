@@ -118,8 +118,12 @@ class _Entry:
                 if self.block.cancelled:
                     raise belonging.swallowed(self.block)
             except BaseException as exc:
+                passed_on = False
+                if self.block.cancelled:
+                    # Before whoever leaves the block around it looks there.
+                    passed_on = sharing.pass_on_cancellation(self.block)
                 await self._exit(type(exc), exc, exc.__traceback__)
-                if self.block.cancelled and sharing.pass_on_cancellation(self.block):
+                if passed_on:
                     return
                 raise
         await self._exit(exc_type, exc_value, traceback)
@@ -493,15 +497,18 @@ class ManualTransaction(_Transaction):
         if self.block.cancelled:
             self.rollback(connection)
             raise belonging.swallowed(self.block)
-        connection.commit()
-        # Whoever was cancelled meanwhile calls rollback(), which drops them.
-        self.committed_hooks += connection.run_on_commit
-        connection.run_on_commit = []
+        with sharing.taking_turn(connection):
+            connection.commit()
+            # Whoever was cancelled meanwhile calls rollback(), which drops
+            # them.
+            self.committed_hooks += connection.run_on_commit
+            connection.run_on_commit = []
 
     def rollback(self, connection):
         """Roll back, in the transaction's thread."""
-        connection.rollback()
-        self.block.cancelled = False
+        with sharing.taking_turn(connection):
+            connection.rollback()
+            self.block.cancelled = False
 
     async def leave(self):
         try:
@@ -615,7 +622,9 @@ def _close_alone(ref, lock):
     left, which closes it, too. Both would free its statement, and crash the
     process.
     """
-    cursor = ref()
+    if (cursor := ref()) is None:
+        # It was closed when it was freed.
+        return
     with lock:
         type(cursor).close(cursor)
 

@@ -47,7 +47,9 @@ and by asyncio.to_thread(), it's copied without anything being asked, and the
 thread isn't told the task. They may see the block of the other task.
 
 A block may be left in another context than it was entered in. The variable may
-then go on holding a block that has ended, so it never counts by itself.
+then go on holding a block that has ended, so it never counts by itself. Nor
+does it if it was brought to a task by a call of sync_to_async() in which the
+task was cancelled, and which goes on inside of the block (see current()).
 """
 
 import _thread
@@ -60,7 +62,7 @@ from contextvars import ContextVar
 from functools import wraps
 
 from asgiref.local import _Storage
-from asgiref.sync import SyncToAsync
+from asgiref.sync import AsyncToSync, SyncToAsync
 
 OWN = "own"
 JOIN = "join"
@@ -112,6 +114,9 @@ class Block:
     cancelled = False
     # Functions given to on_commit() have to be called.
     hooks_due = False
+    # What asgiref's sync_to_async() keeps for the call that opened it, if it's
+    # synchronous.
+    call = None
 
     def __init__(self, alias, connection, atomic, parent, strict=False, task=None):
         self.alias = alias
@@ -212,6 +217,8 @@ def current():
     block = None if storage is None else storage.data
     loop = asyncio._get_running_loop()
     task = None if loop is None else asyncio.current_task(loop)
+    while block is not None and block.call is not None and _is_abandoned(block):
+        block = block.outer and block.outer.data
     if task is None:
         while block is not None and block.ended and _is_back(block):
             restore(block)
@@ -236,6 +243,26 @@ def current():
             break
         block = block.outer and block.outer.data
     return block
+
+
+def _is_abandoned(block):
+    """
+    Return whether `block` was opened by a call of asgiref's sync_to_async()
+    that goes on in another thread. asgiref has given its context to a task
+    that was cancelled meanwhile, and wasn't started inside.
+    """
+    if block.ended or block.thread_ident == _thread.get_ident():
+        return False
+    frame = sys._current_frames().get(block.thread_ident)
+    while frame is not None:
+        code = frame.f_code
+        if code in LOOP_CODE or code is AsyncToSync.__call__.__code__:
+            # Which runs what was started inside.
+            return False
+        if code is SyncToAsync.thread_handler.__code__:
+            return frame.f_locals.get("task_context") is block.call
+        frame = frame.f_back
+    return False
 
 
 def _is_back(block):
@@ -278,17 +305,30 @@ def call_for(block, func):
     """
     task = running_task()
     opened, storage = task and _opened.get(task), inherited.get(None)
+    before = storage and storage.data
+    # It may be left by another task while this one waits.
+    is_left_here = before and not before.ended and _shares_context(before, task)
     if task is not None:
         _opened[task] = block
-    set_current(block)
+    # Who was brought to this thread is inside, and nobody else.
+    home = storage.thread_id if storage else _thread.get_ident()
+    inherited.set(block and _Storage(home, block))
     try:
         return func()
     finally:
         inherited.set(storage)
+        if is_left_here and before.ended:
+            restore(before)
         if opened is not None:
             _opened[task] = opened
         elif task is not None:
             _opened.pop(task, None)
+
+
+def _shares_context(block, task):
+    """Return whether `task` runs in the context of the one that opened it."""
+    opener = block.task and block.task()
+    return bool(opener and task) and opener.get_context() is task.get_context()
 
 
 def begin(block):

@@ -36,7 +36,7 @@ import weakref
 from contextlib import suppress
 from functools import partial, wraps
 
-from asgiref.sync import AsyncToSync
+from asgiref.sync import AsyncToSync, SyncToAsync
 
 from django.db import belonging, bridge
 from django.db.turns import ThreadWaiter, Turn
@@ -46,6 +46,9 @@ from django.db.utils import DEFAULT_DB_ALIAS
 TURN_TIMEOUT = 30
 
 _sharing = threading.Lock()
+
+# What asgiref keeps for the thread that runs sync_to_async()'s function.
+_of_asgiref = SyncToAsync.threadlocal
 
 
 def connection_for(alias, block):
@@ -498,13 +501,14 @@ def hold_turn(connection, holder):
 def _out_of_turn(block):
     """
     Return a block, `block` or one around it, while another one nested in it is
-    open, or None.
+    open, or None. For each alias, it's the innermost one that counts.
     """
     seen = set()
     for block in belonging.chain(block):
-        if not block.entered or block.connection in seen:
+        if not block.entered or block.alias in seen:
             continue
-        seen.add(block.connection)
+        if block.strict or not block.ended:
+            seen.add(block.alias)
         if block.connection.turn and not block.ended:
             if _top(block.connection) is not block:
                 return block
@@ -549,43 +553,43 @@ def opens_block(get_connection):
     """Decorate Atomic.__enter__(), and give it the connection."""
 
     def decorator(enter):
-        def enter_inside(self, block):
+        @wraps(enter)
+        def __enter__(self):
+            block = belonging.current()
+            if block is not None:
+                outside = belonging.outside(self.using or DEFAULT_DB_ALIAS, block)
+                if outside is not block:
+                    _enter_after_the_end(partial(__enter__, self), block, outside)
+                    return
             connection = get_connection(self.using)
             if connection.turn is None:
                 enter(self, connection)
                 _push(connection, self, block)
             else:
-                with taking_turn(connection):
-                    if bridge.current() is not None and not connection.in_atomic_block:
-                        # This may take long, and be cancelled.
-                        connection.ensure_connection()
-                    try:
-                        with bridge.shielded():
-                            enter(self, connection)
-                            _push(connection, self, block)
-                    except asyncio.CancelledError as exc:
-                        # Nothing was entered if it failed, too.
-                        entered = belonging.current()
-                        entered_this = entered is not None and entered.atomic is self
-                        if entered_this and not entered.strict:
-                            with bridge.shielded():
-                                self.__exit__(type(exc), exc, None)
-                        raise
-
-        @wraps(enter)
-        def __enter__(self):
-            block = belonging.current()
-            alias = self.using or DEFAULT_DB_ALIAS
-            outside = block and belonging.outside(alias, block)
-            if outside is block:
-                enter_inside(self, block)
-            else:
-                func = partial(enter_inside, self, outside)
-                _enter_after_the_end(func, block, outside)
+                _enter_in_turn(enter, self, connection, block)
 
         return __enter__
 
     return decorator
+
+
+def _enter_in_turn(enter, atomic, connection, block):
+    with taking_turn(connection):
+        if bridge.current() is not None and not connection.in_atomic_block:
+            # This may take long, and be cancelled.
+            connection.ensure_connection()
+        try:
+            with bridge.shielded():
+                enter(atomic, connection)
+                _push(connection, atomic, block)
+        except asyncio.CancelledError as exc:
+            # Nothing was entered if it failed, too.
+            entered = belonging.current()
+            entered_this = entered is not None and entered.atomic is atomic
+            if entered_this and not entered.strict:
+                with bridge.shielded():
+                    atomic.__exit__(type(exc), exc, None)
+            raise
 
 
 def _enter_after_the_end(enter, block, outside):
@@ -607,11 +611,15 @@ def _enter_after_the_end(enter, block, outside):
 def _push(connection, atomic, block):
     # An aatomic() has made its block before it got to a thread.
     if block is None or block.entered or block.atomic is not atomic:
-        task = None if bridge.current() is None else belonging.running_task()
+        task = None
+        if bridge.greenlet is not None and bridge.current() is not None:
+            task = belonging.running_task()
         alias = connection.alias
         # By position, which is quicker.
         block = belonging.Block(alias, connection, atomic, block, False, task)
         if task is None:
+            # By getattr(), it would take a multiple of the time.
+            block.call = _of_asgiref.__dict__.get("task_context")
             belonging.set_current(block)
         else:
             block.title = belonging.execution_name()
@@ -639,8 +647,10 @@ def closes_block(get_connection):
                 return
             elif block.cancelled and exc_type is None:
                 exc_value = belonging.swallowed(block)
+                # Before whoever leaves the block around it looks there.
+                passed_on = pass_on_cancellation(block)
                 __exit__(self, type(exc_value), exc_value, None)
-                if not pass_on_cancellation(block):
+                if not passed_on:
                     raise exc_value
                 return
             connection = get_connection(self.using)
@@ -715,7 +725,10 @@ def _pop(connection):
     # Blocks left out of order take each other's place, as savepoints do.
     block = connection.blocks.pop()
     block.ended = True
-    _restore(block)
+    if block.task is None:
+        belonging.restore(block)
+    else:
+        _restore(block)
     if connection.turn is None:
         return
     if (top := _top(connection)) is not None and top.failure is not None:

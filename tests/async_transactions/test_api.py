@@ -8,9 +8,17 @@ import inspect
 from asgiref.sync import sync_to_async
 
 from django.db import IntegrityError, connection, transaction
+from django.db.async_calls import run_sync
 from django.db.transaction import TransactionManagementError
 
-from .base import AsyncTransactionTestCase, Rollback, is_in_memory, names, until
+from .base import (
+    AsyncTransactionTestCase,
+    Rollback,
+    create,
+    is_in_memory,
+    names,
+    until,
+)
 from .models import Entry
 
 COUNTERPARTS = [
@@ -161,6 +169,29 @@ class ManualTransactionTests(AsyncTransactionTestCase):
         await transaction.acommit()
         await transaction.aset_autocommit(True)
         await self.assertAsyncNames("a", "b")
+
+    async def test_beside_blocks_of_others(self):
+        """acommit() and arollback() have to wait for them."""
+
+        def block(name):
+            with transaction.atomic():
+                create(name)
+
+        await transaction.aset_autocommit(False)
+        if connection.vendor != "sqlite":
+            # There, atomic() commits, as in synchronous code.
+            await asyncio.gather(
+                *[run_sync(block, f"rolled back {number}") for number in range(5)],
+                *[transaction.arollback() for _ in range(5)],
+            )
+            await transaction.arollback()
+        await asyncio.gather(
+            *[run_sync(block, f"{number}") for number in range(5)],
+            *[transaction.acommit() for _ in range(5)],
+        )
+        await transaction.acommit()
+        await transaction.aset_autocommit(True)
+        await self.assertAsyncNames("0", "1", "2", "3", "4")
 
     async def outlive_nested_block(self):
         over = asyncio.Event()

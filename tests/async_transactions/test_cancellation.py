@@ -11,7 +11,17 @@ from asgiref.sync import async_to_sync, sync_to_async
 from django.db import connection, sharing, transaction
 from django.db.transaction import TransactionManagementError
 
-from .base import AsyncTransactionTestCase, create, names, slow_query
+from .base import (
+    AsyncTransactionTestCase,
+    FreshConnectionsTestCase,
+    Rollback,
+    acreate,
+    create,
+    create_and_close,
+    names,
+    slow_query,
+    until,
+)
 from .models import Entry
 
 
@@ -234,3 +244,111 @@ class CancellationTests(AsyncTransactionTestCase):
         async with transaction.aatomic():
             await Entry.objects.acreate(name="usable")
         self.assertIn("usable", await names())
+
+
+class CancelledCallTests(FreshConnectionsTestCase):
+    """
+    asgiref gives a task that's cancelled the context of the function which it
+    has called, and which goes on in its thread. What that has opened isn't for
+    the task (promise 2).
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.opened = threading.Event()
+        self.goes_on = threading.Event()
+
+    def function(self):
+        try:
+            with self.assertRaises(Rollback), transaction.atomic():
+                create("function")
+                self.opened.set()
+                self.goes_on.wait(10)
+                raise Rollback
+        finally:
+            connection.close()
+
+    async def be_cancelled(self, **kwargs):
+        """Return a Future of the function's end."""
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+
+        def function():
+            try:
+                self.function()
+            finally:
+                loop.call_soon_threadsafe(ended.set_result, None)
+
+        call = asyncio.create_task(asyncio.to_thread(self.opened.wait, 10))
+        with self.assertRaises(TimeoutError):
+            async with asyncio.timeout(None) as timeout:
+                call.add_done_callback(lambda call: timeout.reschedule(0))
+                await sync_to_async(function, **kwargs)()
+        return ended
+
+    async def test_task_is_outside(self):
+        async def create_in_thread(name):
+            await sync_to_async(create)(name)
+
+        async def create_in_any_thread(name):
+            await asyncio.to_thread(create_and_close, name)
+
+        async def create_in_block(name):
+            async with transaction.aatomic(durable=True):
+                await Entry.objects.acreate(name=name)
+
+        async def create_in_task(name):
+            await asyncio.create_task(Entry.objects.acreate(name=name))
+
+        for use in (
+            acreate,
+            create_in_any_thread,
+            create_in_block,
+            create_in_task,
+            create_in_thread,
+        ):
+            self.opened.clear()
+            self.goes_on.clear()
+            await Entry.objects.all().adelete()
+            ended = await self.be_cancelled(thread_sensitive=False)
+            self.assertIs(connection.in_atomic_block, False)
+            # SQLite waits for the function.
+            asyncio.get_running_loop().call_later(0.2, self.goes_on.set)
+            await use("task")
+            await ended
+            await self.assertAsyncNames("task")
+
+    async def test_task_that_has_outlived_a_block(self):
+        over = asyncio.Event()
+
+        async def late():
+            await until(over)
+            ended = await self.be_cancelled(thread_sensitive=False)
+            try:
+                msg = "can't use the database 'default' any more"
+                with self.assertRaisesMessage(TransactionManagementError, msg):
+                    await Entry.objects.acreate(name="task")
+            finally:
+                self.goes_on.set()
+                await ended
+
+        async with transaction.aatomic():
+            task = asyncio.create_task(late())
+        over.set()
+        await task
+        await self.assertAsyncNames()
+
+    async def test_block_entered_by_a_call_that_has_returned(self):
+        """That's open for the task, whatever the thread does now."""
+        atomic = transaction.atomic()
+        await sync_to_async(atomic.__enter__)()
+        await sync_to_async(create)("task")
+        released = threading.Event()
+        call = asyncio.create_task(sync_to_async(released.wait)(10))
+        await asyncio.sleep(0.05)
+        self.assertIs(connection.in_atomic_block, True)
+        released.set()
+        await call
+        await sync_to_async(transaction.set_rollback)(True)
+        await sync_to_async(atomic.__exit__)(None, None, None)
+        await self.assertAsyncNames()

@@ -5,14 +5,17 @@ Promises 4 and 5: a block's end is the end, and who ends it doesn't matter.
 import asyncio
 import contextvars
 import threading
+import time
 from contextlib import suppress
 from functools import partial
+from unittest import mock
 
 from asgiref.sync import async_to_sync, sync_to_async
 
 from django.db import OperationalError, connection, connections, sharing, transaction
 from django.db.async_calls import run_sync
 from django.db.transaction import TransactionManagementError
+from django.db.turns import Turn
 
 from .base import (
     AsyncTransactionTestCase,
@@ -475,6 +478,38 @@ class LeavingTests(AsyncTransactionTestCase):
             await until(inside)
         self.assertIs(task.done() or not await task, True)
         await self.assertAsyncNames("nested")
+
+    async def test_swallowed_in_a_nested_block(self):
+        """
+        Whoever waits for it to be left learns of the cancellation before
+        (promise 7).
+        """
+        swallowed = asyncio.Event()
+        loop_thread = threading.current_thread()
+        give = Turn.give
+
+        def give_slowly(turn):
+            give(turn)
+            if threading.current_thread() is not loop_thread:
+                time.sleep(0.1)
+
+        async def nested():
+            async with transaction.aatomic():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.1):
+                        await run_sync(slow_query)
+                swallowed.set()
+                await asyncio.sleep(0.05)
+
+        msg = "was cancelled inside the block that"
+        with mock.patch.object(Turn, "give", give_slowly):
+            with self.assertRaisesMessage(TransactionManagementError, msg):
+                async with transaction.aatomic():
+                    await Entry.objects.acreate(name="rolled back")
+                    task = asyncio.create_task(nested())
+                    await until(swallowed)
+            await task
+        await self.assertAsyncNames()
 
     async def test_an_exception_rolls_back_at_once(self):
         inside = asyncio.Event()

@@ -3,7 +3,9 @@ Promise 10: new_connection() gives the code inside it connections of its own.
 """
 
 import asyncio
+import contextvars
 import inspect
+import threading
 from contextlib import nullcontext
 from functools import partial
 
@@ -110,6 +112,49 @@ class NewConnectionTests(AsyncTransactionTestCase):
             used = transaction.get_connection()
             self.assertIsNotNone(used.connection)
         self.assertIsNone(used.connection)
+
+    async def test_beside_a_block_of_the_paused_transaction(self):
+        """Who is inside doesn't wait for it to be left."""
+        inside = asyncio.Event()
+        entered = asyncio.Event()
+
+        async def count():
+            async with new_connection():
+                inside.set()
+                await until(entered)
+                return await Entry.objects.acount()
+
+        async with transaction.aatomic():
+            task = asyncio.create_task(count())
+            await until(inside)
+            async with transaction.aatomic():
+                entered.set()
+                self.assertEqual(await asyncio.wait_for(task, 5), 0)
+
+    def test_copied_context_after_the_end(self):
+        """A thread with a copy by hand isn't inside of a sync block around."""
+        if connection.vendor == "sqlite":
+            self.skipTest("A transaction keeps others from writing.")
+
+        def block():
+            with transaction.atomic():
+                create("thread")
+
+        def run_in(context):
+            try:
+                context.run(block)
+            finally:
+                connection.close()
+
+        with self.assertRaises(Rollback), transaction.atomic():
+            create("outer")
+            with new_connection():
+                context = contextvars.copy_context()
+            thread = threading.Thread(target=run_in, args=[context])
+            thread.start()
+            thread.join()
+            raise Rollback
+        self.assertNames("thread")
 
     async def test_on_commit(self):
         called = []

@@ -202,6 +202,25 @@ class SharedContextTests(AsyncTransactionTestCase):
         self.assertIsInstance(results[1], Rollback)
         await self.assertAsyncNames()
 
+    async def test_blocks_that_are_left_in_one_context(self):
+        """What others have left there meanwhile isn't put back."""
+
+        async def block(name):
+            async with transaction.aatomic():
+                await Entry.objects.acreate(name=name)
+
+        if connection.vendor == "sqlite":
+            self.skipTest("A transaction keeps others from writing.")
+        loop = asyncio.get_running_loop()
+        context = asyncio.current_task().get_context()
+        for attempt in range(10):
+            tasks = [
+                loop.create_task(block(f"{attempt} {number}"), context=context)
+                for number in range(5)
+            ]
+            await asyncio.gather(*tasks)
+            self.assertEqual(await Entry.objects.acount(), (attempt + 1) * 5)
+
     async def test_blocks_of_tasks_in_one_context(self):
         """Each is inside of its own, also in the thread that it calls."""
 
@@ -734,6 +753,16 @@ class FetchTests(AsyncTransactionTestCase):
 
 class CursorTests(AsyncTransactionTestCase):
     """What a driver can't bear."""
+
+    @skipUnless(connection.vendor == "sqlite", "A test for SQLite.")
+    async def test_close_outlives_the_cursor(self):
+        def close():
+            close = connection.create_cursor().close
+            gc.collect()
+            close()
+
+        async with transaction.aatomic():
+            await sync_to_async(close)()
 
     @skipUnless(connection.vendor == "sqlite", "A test for SQLite.")
     async def test_closed_by_two_threads(self):
