@@ -229,9 +229,12 @@ def current():
     if opened is not None and (opened.abandoned or not opened.ended):
         # Synchronous code may have entered another one inside.
         return block if opened in chain(block) else opened
-    while block is not None and block.task is not None:
-        opener = block.task()
-        if opener is task:
+    while block is not None:
+        opener = block.task and block.task()
+        if block.task is None:
+            if block.call is None or not _is_abandoned(block):
+                break
+        elif opener is task:
             # It was left in another context.
             if not block.ended:
                 break

@@ -155,10 +155,11 @@ class Tasks(Step):
 class Siblings(Step):
     """
     Tasks that don't wait for each other. Each has a block, or works in the one
-    around all of them. As receivers of asend() do, they may share one context.
+    around all of them. Their context is their own, one that they share, as
+    receivers of asend() do, or that of the task which starts them.
     """
 
-    shares_context: bool
+    context: str
     steps: list
 
 
@@ -174,6 +175,16 @@ class Foreign(Step):
     """Steps of a task or a thread that was there before."""
 
     how: str
+    steps: list
+
+
+@dataclass(frozen=True)
+class Abandon(Step):
+    """
+    Call synchronous code that opens a block in a thread, and be cancelled
+    while it's open. The steps are done before that is rolled back.
+    """
+
     steps: list
 
 
@@ -230,6 +241,8 @@ class Place:
     locked: bool = False
     read_only: bool = False
     foreign: bool = False
+    # A thread is in a block of code that was abandoned.
+    abandoned: bool = False
     # Where the block was entered that a task started here can outlive.
     around: "Place" = None
     # A block was outlived. The others around it, if any, are still open.
@@ -277,6 +290,8 @@ class Place:
             if not self.read_only:
                 # Only there they may all work in the block around them.
                 kinds += ["siblings"] * (3 if self.strict else 1)
+            if not (self.connected or self.abandoned or self.read_only or self.refused):
+                kinds.append("abandon")
         if not self.foreign and not self.occupies:
             kinds += ["foreign"] * 2
         if self.around is not None:
@@ -356,9 +371,13 @@ def step_at(draw, place):
         bodies = st.builds(Body, steps_at(place.inner()))
         return Tasks(how, draw(st.lists(bodies, min_size=1, max_size=3)))
     if kind == "siblings":
-        shares_context = draw(st.booleans())
+        contexts = ["own", "shared"]
+        if not place.connected:
+            # In there, nobody is inside of what another task has opened.
+            contexts.append("outer")
+        context = draw(st.sampled_from(contexts))
         # The others don't know whose block is in a shared context.
-        hows = ["sensitive"] if shares_context else ["insensitive", "to_thread"]
+        hows = ["insensitive", "to_thread"] if context == "own" else ["sensitive"]
         statements = st.one_of(
             st.builds(Read, st.just("orm")),
             st.builds(Write, st.sampled_from(["orm", "raw"])),
@@ -378,11 +397,16 @@ def step_at(draw, place):
             ),
         )
         siblings = [draw(blocks)]
-        if place.strict and not shares_context and not place.refused:
+        if place.strict and context == "own" and not place.refused:
             # What they write isn't rolled back with the blocks of others.
             blocks = st.one_of(blocks, crossings, st.builds(Body, statement_lists))
         siblings += draw(st.lists(blocks, min_size=1, max_size=2))
-        return Siblings(shares_context, siblings)
+        return Siblings(context, siblings)
+    if kind == "abandon":
+        inner = place.inner(
+            locked=True, read_only=place.database == "sqlite", abandoned=True
+        )
+        return Abandon(draw(steps_at(inner, min_size=1)))
     if kind == "foreign":
         how = draw(st.sampled_from(["task", "thread"]))
         inner = place.elsewhere(
@@ -497,7 +521,7 @@ class Model:
         method = getattr(self, type(step).__name__.lower(), None)
         if method is not None:
             method(step, path, session, refused)
-        elif isinstance(step, (Cross, Tasks, Body)):
+        elif isinstance(step, (Cross, Tasks, Body, Abandon)):
             self.run(step.steps, path, session, refused)
         else:
             session = session or Session(self.committed)
@@ -877,11 +901,39 @@ class Program:
                 await task
 
     async def asiblings(self, step, path):
-        context = contextvars.copy_context() if step.shares_context else None
+        context = {
+            "own": None,
+            "shared": contextvars.copy_context(),
+            "outer": asyncio.current_task().get_context(),
+        }[step.context]
         async with asyncio.TaskGroup() as group:
             for number, sibling in enumerate(step.steps):
                 coroutine = self.arun_step(sibling, (*path, number))
                 group.create_task(coroutine, context=context)
+
+    async def aabandon(self, step, path):
+        loop = asyncio.get_running_loop()
+        ended, goes_on = loop.create_future(), threading.Event()
+
+        def body():
+            try:
+                with contextlib.suppress(Planned), transaction.atomic():
+                    self.statement(Write("orm"), path)
+                    loop.call_soon_threadsafe(lambda: timeout.reschedule(loop.time()))
+                    goes_on.wait(PROGRAM_TIMEOUT)
+                    raise Planned
+            finally:
+                connections.close_all()
+                loop.call_soon_threadsafe(ended.set_result, None)
+
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None) as timeout:
+                    await sync_to_async(body, thread_sensitive=False)()
+            await self.arun_steps(step.steps, path)
+        finally:
+            goes_on.set()
+            await ended
 
     async def abody(self, step, path):
         await self.arun_steps(step.steps, path)
@@ -923,7 +975,7 @@ class SyncProgram(Program):
     def inline(self, step, path):
         self.run_steps(step.steps, path)
 
-    body = cross = tasks = siblings = inline
+    body = cross = tasks = siblings = abandon = inline
 
     def foreign(self, step, path):
         self.thread.submit(self.run_steps, step.steps, path).result(PROGRAM_TIMEOUT)

@@ -318,6 +318,33 @@ class CancelledCallTests(FreshConnectionsTestCase):
             await ended
             await self.assertAsyncNames("task")
 
+    async def test_tasks_that_share_a_context(self):
+        """Behind the block of another task, there's that of the function."""
+        if connection.vendor == "sqlite":
+            self.skipTest("A transaction keeps others from writing.")
+        ended = await self.be_cancelled(thread_sensitive=False)
+        entered = asyncio.Event()
+        left = asyncio.Event()
+
+        async def block():
+            async with transaction.aatomic():
+                entered.set()
+                await until(left)
+
+        task = asyncio.get_running_loop().create_task(
+            block(), context=asyncio.current_task().get_context()
+        )
+        try:
+            await until(entered)
+            self.assertIs(connection.in_atomic_block, False)
+            async with transaction.aatomic(durable=True):
+                await self.assertAsyncNames()
+        finally:
+            left.set()
+            self.goes_on.set()
+            await task
+            await ended
+
     async def test_task_that_has_outlived_a_block(self):
         over = asyncio.Event()
 
