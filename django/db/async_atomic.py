@@ -123,7 +123,7 @@ class _Entry:
                     # Before whoever leaves the block around it looks there.
                     passed_on = sharing.pass_on_cancellation(self.block)
                 await self._exit(type(exc), exc, exc.__traceback__)
-                if passed_on:
+                if passed_on and not isinstance(exc, asyncio.CancelledError):
                     return
                 raise
         await self._exit(exc_type, exc_value, traceback)

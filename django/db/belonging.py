@@ -114,8 +114,7 @@ class Block:
     cancelled = False
     # Functions given to on_commit() have to be called.
     hooks_due = False
-    # What asgiref's sync_to_async() keeps for the call that opened it, if it's
-    # synchronous.
+    # What asgiref keeps for the call of sync_to_async() that opened it.
     call = None
 
     def __init__(self, alias, connection, atomic, parent, strict=False, task=None):
@@ -251,21 +250,41 @@ def current():
 def _is_abandoned(block):
     """
     Return whether `block` was opened by a call of asgiref's sync_to_async()
-    that goes on in another thread. asgiref has given its context to a task
-    that was cancelled meanwhile, and wasn't started inside.
+    that goes on in another thread, while the current execution, which wasn't
+    started inside, has been given its context: a task was cancelled that
+    awaited it.
     """
-    if block.ended or block.thread_ident == _thread.get_ident():
+    ident = block.thread_ident
+    if block.ended or ident == _thread.get_ident():
         return False
-    frame = sys._current_frames().get(block.thread_ident)
-    while frame is not None:
-        code = frame.f_code
-        if code in LOOP_CODE or code is AsyncToSync.__call__.__code__:
-            # Which runs what was started inside.
+    if inherited.get().thread_id == ident:
+        # The thread has handed its context on by itself.
+        return False
+    storage = AsyncToSync.executors._storage._data.get(None)
+    executor = storage and storage.data.get("current")
+    while executor is not None:
+        if executor._work_thread.ident == ident:
+            # Started inside, by async_to_sync(), which may have returned.
             return False
-        if code is SyncToAsync.thread_handler.__code__:
-            return frame.f_locals.get("task_context") is block.call
+        executor = executor._old_executor
+    frame = sys._current_frames().get(ident)
+    while frame is not None and frame.f_code not in WAITING_CODE:
+        if frame.f_code is SyncToAsync.thread_handler.__code__:
+            if frame.f_locals.get("task_context") is block.call:
+                return True
         frame = frame.f_back
     return False
+
+
+def current_call():
+    """Return what asgiref keeps for the call of sync_to_async() around."""
+    # Not what it keeps for the thread, that's of the last call.
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is SyncToAsync.thread_handler.__code__:
+            return frame.f_locals.get("task_context")
+        frame = frame.f_back
+    return None
 
 
 def _is_back(block):
@@ -449,6 +468,11 @@ LOOP_CODE = {
     asyncio.BaseEventLoop.run_forever.__code__,
     asyncio.Runner.run.__code__,
 }
+
+# Threads that run one of these wait for asynchronous code. The bridge puts
+# another function in the place of the last one, which calls it.
+ASYNC_TO_SYNC_CODE = AsyncToSync.__call__.__code__
+WAITING_CODE = LOOP_CODE | {ASYNC_TO_SYNC_CODE}
 
 
 def is_running(thread_ident, codes):

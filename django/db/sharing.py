@@ -36,7 +36,7 @@ import weakref
 from contextlib import suppress
 from functools import partial, wraps
 
-from asgiref.sync import AsyncToSync, SyncToAsync
+from asgiref.sync import SyncToAsync
 
 from django.db import belonging, bridge
 from django.db.turns import ThreadWaiter, Turn
@@ -47,7 +47,7 @@ TURN_TIMEOUT = 30
 
 _sharing = threading.Lock()
 
-# What asgiref keeps for the thread that runs sync_to_async()'s function.
+# What asgiref keeps for a thread in which sync_to_async() has run a function.
 _of_asgiref = SyncToAsync.threadlocal
 
 
@@ -132,7 +132,7 @@ def is_awaited(connection):
     asynchronous code, doesn't close the connection along with others.
     """
     return bool(connection.blocks) and belonging.is_running(
-        _thread.get_ident(), {AsyncToSync.__call__.__code__}
+        _thread.get_ident(), {belonging.ASYNC_TO_SYNC_CODE}
     )
 
 
@@ -149,6 +149,9 @@ def retire(connection, block):
         raise belonging.outlived(alias, opener)
 
     unshare(connection)
+    # By a traceback, they lead to contexts. What asgiref keeps for the block as
+    # long as one of them holds it would never be freed.
+    connection.rollback_exc = block.failure = None
     connection.connect = refuse
     connection.execute_wrappers = [refuse]
     connection._thread_ident = _thread.get_ident()
@@ -618,8 +621,9 @@ def _push(connection, atomic, block):
         # By position, which is quicker.
         block = belonging.Block(alias, connection, atomic, block, False, task)
         if task is None:
-            # By getattr(), it would take a multiple of the time.
-            block.call = _of_asgiref.__dict__.get("task_context")
+            # getattr() would take a multiple of the time.
+            if "task_context" in _of_asgiref.__dict__:
+                block.call = belonging.current_call()
             belonging.set_current(block)
         else:
             block.title = belonging.execution_name()

@@ -36,9 +36,6 @@ from django.db import belonging
 from django.db.abandoned import Call
 from django.db.utils import OperationalError
 
-# Functions in which a thread waits for an event loop.
-_WAITING_CODE = belonging.LOOP_CODE | {AsyncToSync.__call__.__code__}
-
 # Seconds after which to look whether a thread gets to its work.
 RELIEF_INTERVAL = 0.05
 
@@ -160,7 +157,10 @@ class TransactionThread(Executor):
             if (
                 not self._idle
                 and len(self._busy) >= self._count
-                and all(belonging.is_running(id, _WAITING_CODE) for id in self._busy)
+                and all(
+                    belonging.is_running(id, belonging.WAITING_CODE)
+                    for id in self._busy
+                )
             ):
                 with suppress(OperationalError):
                     self._start()

@@ -108,10 +108,17 @@ PROGRAM = """
             tell(name=name, error=error, called=called)
         async with transaction.aatomic():
             rows = await execute("SELECT name FROM names ORDER BY name")
-            sessions = await execute(
-                "SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
-                "AND backend_type = 'client backend' AND state <> 'idle'"
-            )
+        for attempt in range(100):
+            # The pool may be preparing one.
+            async with transaction.aatomic():
+                sessions = await execute(
+                    "SELECT count(*) FROM pg_stat_activity "
+                    "WHERE pid <> pg_backend_pid() "
+                    "AND backend_type = 'client backend' AND state <> 'idle'"
+                )
+            if not sessions[0][0]:
+                break
+            await asyncio.sleep(0.1)
         tell(rows=[row[0] for row in rows], busy_sessions=sessions[0][0])
 
     asyncio.run(main())

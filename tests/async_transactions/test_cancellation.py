@@ -3,8 +3,11 @@ Promise 7: a cancellation leaves the transaction committed or rolled back.
 """
 
 import asyncio
+import contextvars
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from asgiref.sync import async_to_sync, sync_to_async
 
@@ -345,6 +348,80 @@ class CancelledCallTests(FreshConnectionsTestCase):
             await task
             await ended
 
+    async def test_function_that_has_called_asynchronous_code(self):
+        """asgiref notes the calls in there for the same thread."""
+        function = self.function
+
+        async def query():
+            await sync_to_async(len)("")
+
+        def call_before():
+            async_to_sync(query)()
+            function()
+
+        self.function = call_before
+        ended = await self.be_cancelled(thread_sensitive=False)
+        self.assertIs(connection.in_atomic_block, False)
+        self.goes_on.set()
+        await ended
+
+    async def test_tasks_started_inside(self):
+        """They stay inside when async_to_sync() has returned."""
+        goes_on = asyncio.Event()
+        tasks = []
+
+        async def go_on():
+            await until(goes_on)
+            self.assertIs(connection.in_atomic_block, True)
+            await sync_to_async(create, thread_sensitive=False)("task")
+
+        async def start():
+            tasks.append(asyncio.create_task(go_on()))
+
+        def function():
+            with transaction.atomic():
+                create("function")
+                async_to_sync(start)()
+                loop.call_soon_threadsafe(goes_on.set)
+                future = asyncio.run_coroutine_threadsafe(
+                    asyncio.wait(tasks, timeout=10), loop
+                )
+                future.result()
+                transaction.set_rollback(True)
+            connection.close()
+
+        loop = asyncio.get_running_loop()
+        await sync_to_async(function)()
+        await tasks[0]
+        await self.assertAsyncNames()
+
+    def test_context_copied_by_hand(self):
+        """Its thread isn't inside, nor inside of what's around that."""
+
+        seen = []
+
+        def look():
+            seen.append(connection.in_atomic_block)
+
+        def function():
+            try:
+                with transaction.atomic():
+                    context = contextvars.copy_context()
+                    thread = threading.Thread(target=context.run, args=[look])
+                    thread.start()
+                    thread.join()
+            finally:
+                connection.close()
+
+        async def call():
+            await sync_to_async(function, thread_sensitive=False)()
+
+        if connection.vendor == "sqlite":
+            self.skipTest("A transaction keeps others from writing.")
+        with transaction.atomic():
+            async_to_sync(call)()
+        self.assertEqual(seen, [False])
+
     async def test_task_that_has_outlived_a_block(self):
         over = asyncio.Event()
 
@@ -367,15 +444,18 @@ class CancelledCallTests(FreshConnectionsTestCase):
 
     async def test_block_entered_by_a_call_that_has_returned(self):
         """That's open for the task, whatever the thread does now."""
-        atomic = transaction.atomic()
-        await sync_to_async(atomic.__enter__)()
-        await sync_to_async(create)("task")
         released = threading.Event()
-        call = asyncio.create_task(sync_to_async(released.wait)(10))
-        await asyncio.sleep(0.05)
-        self.assertIs(connection.in_atomic_block, True)
-        released.set()
-        await call
-        await sync_to_async(transaction.set_rollback)(True)
-        await sync_to_async(atomic.__exit__)(None, None, None)
+        with ThreadPoolExecutor(1) as executor:
+            call = partial(sync_to_async, thread_sensitive=False, executor=executor)
+            atomic = transaction.atomic()
+            await call(atomic.__enter__)()
+            await call(create)("task")
+            waits = asyncio.create_task(call(released.wait)(10))
+            await asyncio.sleep(0.05)
+            self.assertIs(connection.in_atomic_block, True)
+            released.set()
+            await waits
+            await call(transaction.set_rollback)(True)
+            await call(atomic.__exit__)(None, None, None)
+            await call(lambda: connection.close())()
         await self.assertAsyncNames()

@@ -511,6 +511,39 @@ class LeavingTests(AsyncTransactionTestCase):
             await task
         await self.assertAsyncNames()
 
+    async def test_cancelled_while_a_nested_block_is_left(self):
+        """That's raised, whatever was swallowed in the nested one before."""
+        inside = asyncio.Event()
+        leaves = asyncio.Event()
+        over = asyncio.Event()
+
+        async def innermost():
+            async with transaction.aatomic():
+                inside.set()
+                await until(over)
+
+        async def work():
+            async with transaction.aatomic():
+                async with transaction.aatomic():
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(0.1):
+                            await run_sync(slow_query)
+                    tasks.append(asyncio.create_task(innermost()))
+                    await until(inside)
+                    leaves.set()
+                self.fail("It went on.")
+
+        tasks = []
+        task = asyncio.create_task(work())
+        await until(leaves)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        over.set()
+        with self.assertRaises(asyncio.CancelledError):
+            await task
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.assertAsyncNames()
+
     async def test_an_exception_rolls_back_at_once(self):
         inside = asyncio.Event()
         over = asyncio.Event()

@@ -7,6 +7,7 @@ import contextvars
 import gc
 import threading
 import time
+import weakref
 from contextlib import nullcontext
 from unittest import mock, skipUnless
 
@@ -14,6 +15,7 @@ from asgiref.sync import async_to_sync, sync_to_async
 
 import django.db.backends.sqlite3.base
 from django.db import (
+    IntegrityError,
     OperationalError,
     belonging,
     connection,
@@ -665,6 +667,8 @@ class MarkTests(AsyncTransactionTestCase):
 
 
 class MemoryTests(AsyncTransactionTestCase):
+    databases = {"default", "other"}
+
     async def test_chain_of_tasks_started_inside(self):
         """Each block ends before the next: none is kept alive."""
         block = None
@@ -685,6 +689,28 @@ class MemoryTests(AsyncTransactionTestCase):
         may_begin.set()
         await job(20, may_begin)
         self.assertLess(len(list(belonging.chain(block))), 5)
+
+    def test_error_that_leads_to_a_context(self):
+        """What Django keeps of it doesn't keep the block."""
+
+        async def fail():
+            # Its context holds what asgiref finds inside of the block.
+            task = asyncio.create_task(asyncio.sleep(0))
+            with self.assertRaises(IntegrityError):
+                await Entry.objects.using("other").acreate(name="a")
+            await task
+
+        async def block():
+            async with transaction.aatomic("other"):
+                await Entry.objects.using("other").acreate(name="a")
+                async with transaction.aatomic():
+                    await asyncio.create_task(fail())
+                    return weakref.ref(belonging.current())
+
+        # With its event loop, that ends timers which hold contexts, too.
+        ref = async_to_sync(block)()
+        gc.collect()
+        self.assertIsNone(ref())
 
     def test_contexts_left_elsewhere(self):
         for _ in range(50):
