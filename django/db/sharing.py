@@ -149,8 +149,8 @@ def retire(connection, block):
         raise belonging.outlived(alias, opener)
 
     unshare(connection)
-    # By a traceback, they lead to contexts. What asgiref keeps for the block as
-    # long as one of them holds it would never be freed.
+    # Tracebacks lead to contexts. What asgiref keeps for the block as long as
+    # one of these holds it would never be freed.
     connection.rollback_exc = block.failure = None
     connection.connect = refuse
     connection.execute_wrappers = [refuse]
