@@ -159,7 +159,7 @@ class _Entry:
         turn = self.block.connection.turn
         if exc_type is not None and turn is not None:
             # Others are refused from here on, and don't delay the rollback.
-            self.block.leaving = True
+            sharing.begin_rollback(self.block)
             cancel_statement(self.block.connection, turn.count)
         try:
             await self._run(func, urgent=exc_type is not None, shielded=True)

@@ -776,11 +776,25 @@ def mark_for_rollback(connection, exc):
     """
     if getattr(exc, "was_refused", False):
         return
-    block = _lower_block(connection)
-    if block is None:
+    if connection.turn is None:
         _mark_connection(connection, exc)
-    else:
-        mark_block_for_rollback(block, exc)
+        return
+    with _sharing:
+        block = belonging.joined(connection)
+        if block is None:
+            _mark_connection(connection, exc)
+        else:
+            _mark_block(block, exc)
+
+
+def begin_rollback(block):
+    """
+    Note that a block is being left by an exception. It isn't marked any more:
+    abandoned code may fail, and be noted, after the mark on the connection was
+    reset, which would be for the block around then.
+    """
+    with _sharing:
+        block.leaving = True
 
 
 def _mark_connection(connection, exc):
@@ -789,6 +803,13 @@ def _mark_connection(connection, exc):
 
 
 def mark_block_for_rollback(block, exc):
+    with _sharing:
+        _mark_block(block, exc)
+
+
+def _mark_block(block, exc):
+    if block.leaving or block.ended:
+        return
     if block is _top(block.connection):
         _mark_connection(block.connection, exc)
     else:

@@ -612,6 +612,26 @@ class MarkTests(AsyncTransactionTestCase):
             self.assertIs(transaction.get_rollback(), True)
         await self.assertAsyncNames("existing")
 
+    async def test_failure_while_a_nested_block_is_rolled_back(self):
+        """
+        Abandoned code may fail when the mark on the connection was reset. The
+        next one would be for the block around.
+        """
+
+        def fail(execute, sql, params, many, context):
+            if sql.startswith("ROLLBACK TO"):
+                sharing.mark_block_for_rollback(nested, OperationalError("late"))
+            return execute(sql, params, many, context)
+
+        async with transaction.aatomic():
+            with connection.execute_wrapper(fail), self.assertRaises(Rollback):
+                async with transaction.aatomic():
+                    nested = belonging.current()
+                    await Entry.objects.acreate(name="rolled back")
+                    raise Rollback
+            await Entry.objects.acreate(name="a")
+        await self.assertAsyncNames("a")
+
     async def test_refusal_does_not_mark(self):
         """Nothing was sent, so the transaction stays usable."""
         refused = asyncio.Event()
