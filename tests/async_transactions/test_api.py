@@ -37,7 +37,20 @@ COUNTERPARTS = [
 ]
 
 
-class FunctionTests(AsyncTransactionTestCase):
+class EndTestCase(AsyncTransactionTestCase):
+    async def assertEndRefused(self, msg):
+        """Nothing that would end a transaction is accepted."""
+        for call in (
+            transaction.acommit(),
+            transaction.arollback(),
+            transaction.aset_autocommit(True),
+            transaction.aset_autocommit(False),
+        ):
+            with self.assertRaisesMessage(TransactionManagementError, msg):
+                await call
+
+
+class FunctionTests(EndTestCase):
     def test_signatures(self):
         for name in COUNTERPARTS:
             with self.subTest(name):
@@ -52,14 +65,7 @@ class FunctionTests(AsyncTransactionTestCase):
             if connection.vendor != "sqlite":
                 self.assertIs(await transaction.aget_autocommit(), False)
             msg = "This is forbidden when an 'atomic' block is active."
-            for call in (
-                transaction.acommit(),
-                transaction.arollback(),
-                transaction.aset_autocommit(True),
-                transaction.aset_autocommit(False),
-            ):
-                with self.assertRaisesMessage(TransactionManagementError, msg):
-                    await call
+            await self.assertEndRefused(msg)
             await Entry.objects.acreate(name="usable")
         self.assertIs(await transaction.aget_autocommit(), True)
         await self.assertAsyncNames("usable")
@@ -103,7 +109,7 @@ class FunctionTests(AsyncTransactionTestCase):
         await self.assertAsyncNames()
 
 
-class ManualTransactionTests(AsyncTransactionTestCase):
+class ManualTransactionTests(EndTestCase):
     async def test_commit_and_rollback(self):
         await transaction.aset_autocommit(False)
         try:
@@ -199,14 +205,7 @@ class ManualTransactionTests(AsyncTransactionTestCase):
         async def late():
             await until(over)
             msg = "can't use the database 'default' any more, because the block"
-            for call in (
-                transaction.acommit(),
-                transaction.arollback(),
-                transaction.aset_autocommit(True),
-                transaction.aset_autocommit(False),
-            ):
-                with self.assertRaisesMessage(TransactionManagementError, msg):
-                    await call
+            await self.assertEndRefused(msg)
 
         async with transaction.aatomic():
             task = asyncio.create_task(late())

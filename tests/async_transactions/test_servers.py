@@ -304,10 +304,18 @@ class SmallPoolTests(ServerTestCase):
         What others wrote is there. In native mode, they hold one at a time.
         """
         if is_native() or "pooled" not in self.server.databases:
-            return
+            self.skipTest("Only a pool of thread mode is used up by that.")
         statuses = self.check_many_requests("mixed&using=pooled", 50, {200, 500})
         self.assertIn(500, statuses)
         self.assertIn("Increase the pool's max_size", self.server.log())
+
+
+class HypercornSmallPoolTests(SmallPoolTests):
+    program = "hypercorn"
+
+
+class DaphneSmallPoolTests(SmallPoolTests):
+    program = "daphne"
 
 
 class AtomicRequestsTests(ServerTestCase):
