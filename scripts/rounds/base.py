@@ -98,12 +98,14 @@ class Round:
         from asgiref.sync import async_to_sync, sync_to_async
         from rounds.models import Entry
 
-        from django.db import transaction
+        from django.db import connections, transaction
 
         async def block():
-            async with transaction.aatomic():
-                await Entry.objects.acount()
-            await sync_to_async(Entry.objects.count)()
+            for alias in connections:
+                entries = Entry.objects.using(alias)
+                async with transaction.aatomic(using=alias):
+                    await entries.acount()
+                await sync_to_async(entries.count)()
 
         asyncio.run(block())
         async_to_sync(block)()

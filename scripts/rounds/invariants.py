@@ -12,11 +12,13 @@ import json
 import logging
 import os
 import re
+import reprlib
 import statistics
 import sys
 import threading
 import time
 import traceback
+import types
 import warnings
 from collections import Counter
 
@@ -30,6 +32,13 @@ PATIENCE = 10
 # anyway, and some for each operation.
 OBJECTS = 60, 0.1
 BLOCKS = 2000, 0.5
+
+# How many of the objects that there are more of are shown, and how many levels
+# of what refers to them, with how many on each.
+HELD_OBJECTS, HOLDERS_DEPTH, HOLDERS = 2, 10, 8
+# What refers to these doesn't explain more.
+HOLDERS_ENDS = types.ModuleType, types.FunctionType, type
+SHORT = reprlib.Repr(maxother=80)
 
 # Classes whose objects are counted: of connections, also the drivers', of what
 # the fork adds, and of tasks. asgiref's threads keep loops, but closed ones.
@@ -106,11 +115,16 @@ class State:
         )
         self.descriptors = Counter(map(re_numbered, descriptors()))
         classes = Counter(map(type, gc.get_objects()))
-        self.objects = Counter()
+        self.objects, self._counted = Counter(), set()
         for cls, number in classes.items():
-            name = f"{cls.__module__}.{cls.__qualname__}"
+            name = type_name(cls)
             if COUNTED.fullmatch(name):
                 self.objects[name] += number
+                self._counted.add(cls)
+        self._addresses = {id(obj) for obj in self._counted_objects()}
+
+    def _counted_objects(self):
+        return [obj for obj in gc.get_objects() if type(obj) in self._counted]
 
     def more_than(self, before):
         """Return what there's more of, as text."""
@@ -119,6 +133,48 @@ class State:
             for kind in ("threads", "descriptors", "objects")
             for name, number in (getattr(self, kind) - getattr(before, kind)).items()
         ]
+
+    def holders(self, before):
+        """Return what refers to objects that there are more of, as text."""
+        lines = []
+        objects = self._counted_objects()
+        for name in self.objects - before.objects:
+            same = [obj for obj in objects if type_name(type(obj)) == name]
+            # An address may have been used again.
+            new = [obj for obj in same if id(obj) not in before._addresses] or list(
+                same
+            )
+            del new[HELD_OBJECTS:]
+            own = {id(objects), id(same), id(new)}
+            while new:
+                lines += holders(new.pop(), own)
+        return lines
+
+
+def type_name(cls):
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def holders(obj, seen):
+    """Return lines that say what refers to an object, and what to that."""
+    lines, objects, depths = [], [obj], [0]
+    seen |= {id(objects), id(obj)}
+    while objects:
+        obj, depth = objects.pop(), depths.pop()
+        lines.append(f"{'  ' * depth}{type_name(type(obj))} {SHORT.repr(obj)}")
+        if depth == HOLDERS_DEPTH or isinstance(obj, HOLDERS_ENDS):
+            continue
+        referrers = gc.get_referrers(obj)
+        for number in range(min(len(referrers), HOLDERS)):
+            obj = referrers[number]
+            is_own = isinstance(obj, types.FrameType) and obj.f_globals is globals()
+            if id(obj) not in seen and not is_own:
+                seen.add(id(obj))
+                objects.append(obj)
+                depths.append(depth + 1)
+        # It would be found with the next ones.
+        referrers.clear()
+    return lines
 
 
 def re_numbered(name):
@@ -169,7 +225,9 @@ def check(this, recorder, before, memory_before):
     """Raise Violation if something was lost, or is still held."""
     check_sessions(this)
     eventually(
-        lambda: State().more_than(before), "The round has left more than there was"
+        lambda: State().more_than(before),
+        "The round has left more than there was",
+        lambda: State().holders(before),
     )
     this.count_memory(memory_before, memory())
     recorder.check(this.expected_messages)
@@ -183,10 +241,11 @@ def remaining(find, patience=PATIENCE):
     return found
 
 
-def eventually(find, message):
+def eventually(find, message, explain=list):
     """Raise Violation if there's still something to be found at the end."""
     if found := remaining(find):
-        raise Violation(f"{message}: {found[0]}", "\n".join(map(str, found)))
+        lines = [*found, *explain()]
+        raise Violation(f"{message}: {found[0]}", "\n".join(map(str, lines)))
 
 
 def check_pools():
@@ -269,10 +328,7 @@ class Count:
         gc.collect()
         self.blocks = sys.getallocatedblocks()
         self.memory = memory()
-        objects = Counter(
-            f"{cls.__module__}.{cls.__qualname__}"
-            for cls in map(type, gc.get_objects())
-        )
+        objects = Counter(type_name(cls) for cls in map(type, gc.get_objects()))
         # As one object, since what's kept here is counted, too.
         self._objects = json.dumps(objects)
 

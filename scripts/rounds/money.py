@@ -513,11 +513,13 @@ class Money(Round):
         self.wave_size = WARM_UP
 
     def warm_up(self):
-        super().warm_up()
         # Check the pools of all of them.
         list(connections.all())
         self.run_waves(0)
         self.bank.counts.clear()
+        # The last, so that what a block leaves to the next one is there: an
+        # interrupted transfer doesn't leave it.
+        super().warm_up()
 
     def run(self):
         self.wave_size = WAVE[self.database]

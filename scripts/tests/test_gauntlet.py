@@ -105,6 +105,13 @@ class CaseTests(unittest.TestCase):
     def test_keeping(self):
         self.assertViolated(self.call("keeping"), "2 more descriptors: pipe:[N]")
 
+    def test_holding(self):
+        """A reproduction shows what refers to an object that's held."""
+        result = self.call("holding")
+        self.assertViolated(
+            result, "base.DatabaseWrapper (", "module <module 'gauntlet_cases.holding'"
+        )
+
     def test_list(self):
         code, stdout, stderr = self.call("passing", "--list")
         self.assertEqual((code, stdout), (0, "passing sqlite thread\n"))
