@@ -31,6 +31,7 @@ transaction: its thread's other work waits until the stack is empty.
 
 import _thread
 import asyncio
+import re
 import threading
 import weakref
 from contextlib import suppress
@@ -41,9 +42,13 @@ from asgiref.sync import SyncToAsync
 from django.db import belonging, bridge
 from django.db.turns import ThreadWaiter, Turn
 from django.db.utils import DEFAULT_DB_ALIAS
+from django.utils.regex_helper import _lazy_re_compile
 
 # Seconds after which waiting for a turn is given up as a deadlock.
 TURN_TIMEOUT = 30
+
+# What a statement for SQLite that begins with WITH contains if it writes.
+MAY_WRITE = _lazy_re_compile(r"\b(INSERT|REPLACE|UPDATE|DELETE)\b", re.IGNORECASE)
 
 _sharing = threading.Lock()
 
@@ -338,7 +343,7 @@ def execute_in_turn(execute, sql, params, many, context):
     with taking_turn(connection):
         turn = connection.turn
         if turn is not None:
-            turn.works = True
+            turn.works = sql
         try:
             result = execute(sql, params, many, context)
         except asyncio.CancelledError:
@@ -350,7 +355,7 @@ def execute_in_turn(execute, sql, params, many, context):
             raise
         finally:
             if turn is not None:
-                turn.works = False
+                turn.works = None
                 turn.finished += 1
         server_side = _is_server_side(cursor.cursor, connection)
         if server_side and "close" not in vars(cursor):
@@ -362,7 +367,8 @@ def execute_in_turn(execute, sql, params, many, context):
             return result
         for name in ("fetchone", "fetchmany", "fetchall"):
             if name not in vars(cursor):
-                setattr(cursor, name, _in_turn(connection, getattr(cursor, name)))
+                fetch = _in_turn(connection, getattr(cursor, name), sql)
+                setattr(cursor, name, fetch)
         if connection.vendor == "sqlite" and _is_in_progress(cursor, sql):
             _keep_turn(connection.turn, cursor)
         return result
@@ -374,15 +380,21 @@ def note_cancellation(block):
     mark_block_for_rollback(block, belonging.swallowed(block))
 
 
-def _in_turn(connection, fetch):
+def _in_turn(connection, fetch, sql):
     def inner(*args, **kwargs):
         with taking_turn(connection):
+            turn = connection.turn
+            if turn is not None:
+                turn.works = sql
             try:
                 return fetch(*args, **kwargs)
             except asyncio.CancelledError:
                 if (block := belonging.joined(connection)) is not None:
                     note_cancellation(block)
                 raise
+            finally:
+                if turn is not None:
+                    turn.works = None
 
     return inner
 
@@ -456,8 +468,21 @@ def _is_in_progress(cursor, sql):
     Return whether a statement may go on writing while its rows are fetched. On
     SQLite, no other can begin or release a savepoint meanwhile.
     """
+    return cursor.cursor.description and not _only_reads(sql)
+
+
+def _only_reads(sql):
+    """Return whether a statement for SQLite is sure not to write."""
     verb = sql.lstrip()[:6].upper()
-    return cursor.cursor.description and verb not in ("SELECT", "PRAGMA", "EXPLAI")
+    return verb in ("SELECT", "PRAGMA", "EXPLAI") or (
+        verb[:4] == "WITH" and not MAY_WRITE.search(sql)
+    )
+
+
+def may_be_writing(connection):
+    """Return whether executions that share SQLite's connection may write."""
+    turn = connection.turn
+    return turn is not None and not (turn.works and _only_reads(turn.works))
 
 
 def _keep_turn(turn, cursor):

@@ -61,8 +61,8 @@ class Turn:
         self.cancelled = None
         # Whether the holder needs a thread, which mustn't wait for the turn.
         self.needs_thread = False
-        # Whether the holder does what ends by itself, and how often it ended.
-        self.works = False
+        # What the holder does that ends by itself, and how often it ended.
+        self.works = None
         self.finished = 0
 
     def take(self, holder, ready, timeout, waiter_class=ThreadWaiter, patient=True):

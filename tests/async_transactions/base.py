@@ -34,10 +34,26 @@ SLOW = {
 }
 
 
+# It ends by itself on SQLite, where it may not be cancelled.
+SLOW_WRITE = {
+    **SLOW,
+    "postgresql": "SELECT 1 FROM pg_sleep(20)",
+    "sqlite": SLOW["sqlite"].replace("1000000000", "4000000"),
+}
+
+
 def slow_query():
     with transaction.get_connection().cursor() as cursor:
         cursor.execute(SLOW[connection.vendor])
         cursor.fetchall()
+
+
+def slow_write():
+    sql = (
+        f"UPDATE async_transactions_entry SET count = ({SLOW_WRITE[connection.vendor]})"
+    )
+    with transaction.get_connection().cursor() as cursor:
+        cursor.execute(sql)
 
 
 def transaction_threads():

@@ -23,6 +23,7 @@ from .base import (
     create_and_close,
     names,
     slow_query,
+    slow_write,
     until,
 )
 from .models import Entry
@@ -144,6 +145,21 @@ class CancellationTests(AsyncTransactionTestCase):
                     async with transaction.aatomic():
                         await Entry.objects.acreate(name="nested")
                         await sync_to_async(slow_query)()
+            await Entry.objects.acreate(name="after")
+        await self.assertAsyncNames("after", "before")
+
+    async def test_write_in_a_nested_block(self):
+        """
+        What was done before the savepoint stays. For a write that's cancelled,
+        SQLite would roll back the whole transaction.
+        """
+        async with transaction.aatomic():
+            await Entry.objects.acreate(name="before")
+            with self.assertRaises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    async with transaction.aatomic():
+                        await Entry.objects.acreate(name="nested")
+                        await sync_to_async(slow_write)()
             await Entry.objects.acreate(name="after")
         await self.assertAsyncNames("after", "before")
 
