@@ -22,7 +22,7 @@ import logging
 import threading
 import weakref
 from _thread import get_ident
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial, wraps
 from inspect import isawaitable
@@ -682,12 +682,31 @@ def desert_session(block):
     """
     connection = block.connection
     block.ended = True
+    with ending_session(connection):
+        sharing.retire(connection, block)
+        _close(connection)
+
+
+@contextmanager
+def ending_session(connection):
+    """
+    Cancel the query and close the session of code that nobody continues, and
+    let the caller close its connection.
+    """
     with suppress(Exception):
         connection.cancel_query()
-    with suppress(Exception):
-        connection.connection.close()
-    sharing.retire(connection, block)
-    _close(connection)
+    session = connection.connection
+    # If the code's coroutine is being closed, another thread rolls back at the
+    # moment, and mustn't lose its session in the middle of it. If the code was
+    # suspended while it had the lock, that never comes.
+    is_locked = session is not None and session.lock.acquire(timeout=1)
+    try:
+        with suppress(Exception):
+            session.close()
+        yield
+    finally:
+        if is_locked:
+            session.lock.release()
 
 
 def _close(connection):

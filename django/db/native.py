@@ -337,13 +337,10 @@ class _Lease:
 
 
 def _end_session(connection):
-    with suppress(Exception):
-        connection.cancel_query()
-    with suppress(Exception):
-        connection.connection.close()
-    sharing.unshare(connection)
-    connection._thread_ident = get_ident()
-    with suppress(Error):
+    with async_atomic.ending_session(connection), suppress(Error):
+        sharing.unshare(connection)
+        # Whoever closes the coroutine closes the connection, too.
+        connection.inc_thread_sharing()
         connection.close()
 
 

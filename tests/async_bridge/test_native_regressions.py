@@ -252,6 +252,7 @@ class ClosedLoopMixin:
         self.wait(loop, condition)
         loop.close()
         connections.close_all()
+        return coroutine
 
     def check(self):
         async def count():
@@ -285,6 +286,47 @@ class ClosedLoopMixin:
             event.clear()
             self.close_loop(partial(run_sync, slow), event.is_set)
             self.check()
+
+    def test_block_is_left_at_last(self):
+        """
+        Its coroutine is closed, and rolls back, while another thread ends its
+        session.
+        """
+
+        def slow():
+            with transaction.atomic():
+                Author.objects.create(name="lost")
+                sessions.append(transaction.get_connection().connection)
+                async_to_sync(asyncio.sleep)(20)
+
+        def slowly(func, *args, **kwargs):
+            left.set()
+            time.sleep(0.5)
+            result = func(*args, **kwargs)
+            done.append(func.__name__)
+            return result
+
+        def check():
+            left.wait(10)
+            try:
+                asyncio.run(Author.objects.acount())
+            finally:
+                connections.close_all()
+
+        done = []
+        # psycopg calls wait() when it has the connection's lock.
+        for name in ("rollback", "wait"):
+            with self.subTest(name):
+                sessions, left = [], threading.Event()
+                coroutine = self.close_loop(partial(run_sync, slow), lambda: sessions)
+                setattr(sessions[0], name, partial(slowly, getattr(sessions[0], name)))
+                thread = threading.Thread(target=check)
+                thread.start()
+                coroutine.close()
+                thread.join()
+                self.check()
+        # What had begun came to its end.
+        self.assertEqual(done, ["wait"])
 
 
 class FailedBlockMixin:
