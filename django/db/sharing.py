@@ -682,7 +682,11 @@ def closes_block(get_connection):
                 if not passed_on:
                     raise exc_value
                 return
-            connection = get_connection(self.using)
+            if block is None or block.ended or block.connection.turn is not None:
+                connection = get_connection(self.using)
+            else:
+                # Nobody shares it. To look for it would take its time.
+                connection = block.connection
             if connection.turn is None:
                 try:
                     exit(self, connection, exc_type, exc_value, traceback)
