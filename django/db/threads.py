@@ -87,21 +87,34 @@ class TransactionThread(Executor):
         self._worker = worker
         self._loop = loop
         self._deserted = deserted
-        self._work = deque()
-        # Guards all of this, and is notified of new work.
-        self._changed = threading.Condition()
         self._open = True
-        self._count = 0
-        self._idle = 0
-        # The idents of its threads, and of those that are running a function.
-        self.idents = set()
-        self._busy = set()
-        # The event loops that are going to look whether there is work left.
-        self._watching = set()
-        # How many functions that wait have another one on top of them.
-        self._covered = 0
-        # The worker that somebody else uses from now on.
-        self._kept = None
+
+    # What follows is made for the first function. In native mode, few
+    # transactions have any.
+
+    # Guards all of it, and is notified of new work.
+    _changed = None
+    _work = ()
+    _count = 0
+    _idle = 0
+    # The idents of its threads.
+    idents = frozenset()
+    # How many functions that wait have another one on top of them.
+    _covered = 0
+    # The worker that somebody else uses from now on.
+    _kept = None
+
+    def _prepare(self):
+        if self._changed is None:
+            # Another thread may do so at once. What it has made stays.
+            keep = vars(self).setdefault
+            keep("_work", deque())
+            keep("idents", set())
+            # Of those that are running a function.
+            keep("_busy", set())
+            # The event loops that are going to look whether there's work left.
+            keep("_watching", set())
+            keep("_changed", threading.Condition())
 
     def submit(self, fn, /, *args, **kwargs):
         return self._submit(partial(fn, *args, **kwargs))
@@ -113,6 +126,7 @@ class TransactionThread(Executor):
     def _submit(self, func, urgent=False):
         future = _Future()
         work = partial(future.complete, func, self._finish)
+        self._prepare()
         with self._changed:
             if not self._open:
                 raise RuntimeError("The transaction has ended.")
@@ -180,22 +194,28 @@ class TransactionThread(Executor):
         return bool(self._count)
 
     def is_busy(self):
+        if not self._count:
+            return False
         with self._changed:
             return bool(self._busy or self._work)
 
     def shutdown(self, wait=False, *, cancel_futures=False):
         """End the thread after the functions that are queued."""
-        with self._changed:
-            self._open = False
-            # It refers to the transaction, and that to its thread.
-            self._deserted = None
-            self._changed.notify_all()
+        # Before looking there: it may be made meanwhile.
+        self._open = False
+        # It refers to the transaction, and that to its thread.
+        self._deserted = None
+        if self._changed is not None:
+            with self._changed:
+                self._changed.notify_all()
 
     def spare_worker(self):
         """
         Return the current thread, if after shutdown() it has nothing left to
         do once its function returns, and no other thread runs any. Else None.
         """
+        if not self._count:
+            return None
         with self._changed:
             if self._open or self._work or self._covered:
                 return None
