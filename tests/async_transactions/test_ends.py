@@ -5,17 +5,22 @@ Promises 4 and 5: a block's end is the end, and who ends it doesn't matter.
 import asyncio
 import contextvars
 import threading
-import time
 from contextlib import suppress
 from functools import partial
 from unittest import mock
 
 from asgiref.sync import async_to_sync, sync_to_async
 
-from django.db import OperationalError, connection, connections, sharing, transaction
+from django.db import (
+    OperationalError,
+    async_atomic,
+    connection,
+    connections,
+    sharing,
+    transaction,
+)
 from django.db.async_calls import run_sync
 from django.db.transaction import TransactionManagementError
-from django.db.turns import Turn
 
 from .base import (
     AsyncTransactionTestCase,
@@ -485,13 +490,11 @@ class LeavingTests(AsyncTransactionTestCase):
         (promise 7).
         """
         swallowed = asyncio.Event()
-        loop_thread = threading.current_thread()
-        give = Turn.give
+        exit = async_atomic._Nested._exit
 
-        def give_slowly(turn):
-            give(turn)
-            if threading.current_thread() is not loop_thread:
-                time.sleep(0.1)
+        async def exit_slowly(entry, *exc_info):
+            await exit(entry, *exc_info)
+            await asyncio.sleep(0.2)
 
         async def nested():
             async with transaction.aatomic():
@@ -502,7 +505,7 @@ class LeavingTests(AsyncTransactionTestCase):
                 await asyncio.sleep(0.05)
 
         msg = "was cancelled inside the block that"
-        with mock.patch.object(Turn, "give", give_slowly):
+        with mock.patch.object(async_atomic._Nested, "_exit", exit_slowly):
             with self.assertRaisesMessage(TransactionManagementError, msg):
                 async with transaction.aatomic():
                     await Entry.objects.acreate(name="rolled back")
