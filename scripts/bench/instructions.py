@@ -24,6 +24,7 @@ Exit status: 0 no piece takes more than the limit allows, 1 one does, 2 it
 can't run here; the error says what to do.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -181,18 +182,25 @@ def parse():
     return options
 
 
+def server(options):
+    """Return a context manager that gives the URL of PostgreSQL, if needed."""
+    if "postgresql" not in options.databases:
+        return contextlib.nullcontext()
+    path = None
+    if not os.environ.get("DATABASE_URL"):
+        path = [str(environments.server_binaries(options.cache, progress))]
+    return postgres.server(path)
+
+
 def count_all(options):
     """Return the counts by database, piece and tree: one for each round."""
     fork = contenders(f"Django==={Upstream.load().version}")["fork-sync"]
     python = environments.environment(options.cache, fork.requirements, progress)
     tree = options.tree or environments.fork(options.cache, progress)
     found = {}
-    path = None
-    if "postgresql" in options.databases and not os.environ.get("DATABASE_URL"):
-        path = [str(environments.server_binaries(options.cache, progress))]
     with (
         tempfile.TemporaryFile("w+") as log,
-        postgres.server(path) as url,
+        server(options) as url,
     ):
         for database, number in itertools.product(
             options.databases, range(options.rounds)
